@@ -34,7 +34,8 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -576,13 +577,17 @@ def train_step(agent, batch: Batch, noise: np.ndarray, step: int, rng: np.random
 class ReplayBuffer:
     """The last ``capacity`` transitions, one float32 row each, so that a batch is a single gather.
 
-    Memory is taken as rows fill up: ``4 * capacity * (2 * observations + actions + 2)`` bytes when full.
+    Memory is taken as rows fill up: ``4 * capacity * (2 * observations + actions + 2)`` bytes when full. Raises
+    InputError where that is out of the question.
     """
 
     def __init__(self, capacity: int, observations: int, actions: int):
         widths = Batch(observations, actions, 1, observations, 1)
         self.columns = np.cumsum(widths)[:-1]
-        self.rows = np.zeros((capacity, sum(widths)), dtype=np.float32)
+        try:
+            self.rows = np.zeros((capacity, sum(widths)), dtype=np.float32)
+        except MemoryError as error:
+            raise InputError(f"--buffer-size {capacity} is more than this machine's memory holds") from error
 
     def add(self, index: int, transition: Batch) -> None:
         """Store transition number ``index``, over the oldest one when the buffer is full."""
@@ -613,12 +618,12 @@ def make_environment(name: str) -> gymnasium.Env:
     try:
         env = gymnasium.make(name, disable_env_checker=True)
     except (gymnasium.error.Error, ImportError, ValueError) as error:
+        reason = f"no environment {name}"
         if name in gymnasium.registry:
             reason = f"environment {name} cannot be made: {str(error).splitlines()[0]}"
-            raise InputError(reason) from error
-        near = difflib.get_close_matches(name, gymnasium.registry, n=3)
+        near = [other for other in difflib.get_close_matches(name, gymnasium.registry, n=4) if other != name]
         hint = f"did you mean {' or '.join(near)}?" if near else "see gymnasium.pprint_registry() for the known ones"
-        raise InputError(f"there is no environment {name}: {hint}") from error
+        raise InputError(f"{reason}; {hint}") from error
     for kind, space in (("observations", env.observation_space), ("actions", env.action_space)):
         if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1:
             raise InputError(f"{name} has {kind} in {space}: TD3 needs a vector of real numbers (a Box of one axis)")
@@ -719,10 +724,14 @@ def network_sizes(env: gymnasium.Env, args: Arguments) -> NetworkSizes:
     return NetworkSizes(actor, critic, *counts)
 
 
+def dense(args: Arguments) -> Arguments:
+    """Return the same arguments for dense networks."""
+    return dataclasses.replace(args, method="td3", sparsity=None, er_lambda=None)
+
+
 def describe(env: gymnasium.Env, args: Arguments) -> str:
     """Tabulate each layer's shape, connections and sparsity, then #params, training FLOPs and bytes."""
-    ours = network_sizes(env, args)
-    dense = network_sizes(env, dataclasses.replace(args, sparsity=None, er_lambda=None))
+    ours, full = network_sizes(env, args), network_sizes(env, dense(args))
     lines = [f"{args.env}, {variant(args)}", f"{'layer':<12}{'shape':>12}{'connections':>14}{'sparsity':>10}"]
     for name, sizes, counts in (
         ("actor", ours.actor, ours.actor_connections),
@@ -734,16 +743,16 @@ def describe(env: gymnasium.Env, args: Arguments) -> str:
         ):
             shape, sparsity = f"{inputs} x {outputs}", 1 - count / (inputs * outputs)
             lines.append(f"{f'{name} {layer}':<12}{shape:>12}{count:>14,}{sparsity:>10.3f}")
-    flops, dense_flops = ours.training_flops(args), dense.training_flops(args)
+    flops, dense_flops = ours.training_flops(args), full.training_flops(args)
     # Each connection and bias has a weight, a gradient, two moments and a target weight, 4 bytes each; a mask is 4 more
     # for each position, an index 4 more for each connection and once again for the target's own topology.
-    masked_bytes = 20 * (dense.connections + dense.biases) + 4 * dense.connections
+    masked_bytes = 20 * (full.connections + full.biases) + 4 * full.connections
     sparse_bytes = 20 * (ours.connections + ours.biases) + 8 * ours.connections
     row_bytes = 4 * (2 * ours.actor[0] + ours.actor[-1] + 2)
     buffer_bytes = row_bytes * min(args.buffer_size, args.total_timesteps)
-    sparsity = 1 - ours.connections / dense.connections
+    sparsity = 1 - ours.connections / full.connections
     lines += [
-        f"#params    {ours.connections:,} connections of {dense.connections:,} (sparsity {sparsity:.2f})",
+        f"#params    {ours.connections:,} connections of {full.connections:,} (sparsity {sparsity:.2f})",
         f"FLOPs      {flops:.3g} for training, {flops / dense_flops:.2f}x dense",
         f"bytes      {masked_bytes / 1e6:.1f} MB of agent state with masks, {sparse_bytes / 1e6:.1f} MB as connections "
         f"alone, {buffer_bytes / 1e6:,.0f} MB of replay buffer (estimated)",
@@ -800,6 +809,16 @@ def save_policy(path: Path, actor: list[Layer], bounds: tuple[np.ndarray, np.nda
         np.savez(file, **arrays)
 
 
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Read a file that np.savez wrote, executing nothing in it. Raises one of UNREADABLE when it is damaged."""
+    with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
+        return dict(stored)
+
+
+# What reading a damaged or foreign file can raise.
+UNREADABLE = (OSError, KeyError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error)
+
+
 def load_policy(path: Path, env: str) -> Callable[[np.ndarray], np.ndarray]:
     """Read what ``save_policy`` wrote as a function from an observation [observations] to an action [actions].
 
@@ -807,8 +826,7 @@ def load_policy(path: Path, env: str) -> Callable[[np.ndarray], np.ndarray]:
     environment than ``env``.
     """
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            arrays = dict(stored)
+        arrays = read_arrays(path)
         layers = []
         for index in range(sum(name.endswith(".shape") for name in arrays)):
             shape = tuple(arrays[f"{index}.shape"])
@@ -817,7 +835,7 @@ def load_policy(path: Path, env: str) -> Callable[[np.ndarray], np.ndarray]:
             weight[mask == 1] = torch.from_numpy(arrays[f"{index}.weight"])
             layers.append(Layer(weight, mask, torch.from_numpy(arrays[f"{index}.bias"])))
         low, high, trained_for = torch.from_numpy(arrays["low"]), torch.from_numpy(arrays["high"]), str(arrays["env"])
-    except (OSError, KeyError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+    except UNREADABLE as error:
         raise InputError(f"{path} is no policy that can be read: {error}") from error
     if trained_for != env:
         raise InputError(f"{path} holds a policy for {trained_for}, not for {env}")
@@ -843,28 +861,34 @@ def provenance() -> dict:
 
 
 class RunDirectory:
-    """RESULTS_DIR/ENV/VARIANT/seedN, held by one process at a time.
-
-    Raises InputError when it cannot be written, holds a run with other arguments, or is in use.
-    """
+    """RESULTS_DIR/ENV/VARIANT/seedN."""
 
     def __init__(self, args: Arguments):
         self.path = args.results_dir / args.env.replace("/", "-") / variant(args) / f"seed{args.seed}"
         values = {k: v for k, v in dataclasses.asdict(args).items() if k not in PRESENTATION}
         self.arguments = json.loads(json.dumps(values, default=str))
-        config = self.path / "config.json"
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.path / "lock", "w")  # noqa: SIM115 - held until the process ends
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if config.exists():
-                self._require_same_arguments(config)
-            else:
-                write_json(config, {"arguments": self.arguments, **provenance()})
-        except BlockingIOError as error:
-            raise InputError(f"another process is training in {self.path}") from error
-        except OSError as error:
-            raise InputError(f"cannot use {self.path}: {error.strerror}") from error
+
+    @contextmanager
+    def opened(self):
+        """Make the directory and keep other processes out of it.
+
+        Raises InputError when it cannot be written, holds a run with other arguments, or is in use.
+        """
+        with ExitStack() as stack:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                lock = stack.enter_context(open(self.path / "lock", "w"))
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                config = self.path / "config.json"
+                if config.exists():
+                    self._require_same_arguments(config)
+                else:
+                    write_json(config, {"arguments": self.arguments, **provenance()})
+            except BlockingIOError as error:
+                raise InputError(f"another process is training in {self.path}") from error
+            except OSError as error:
+                raise InputError(f"cannot use {self.path}: {error.strerror}") from error
+            yield
 
     def _require_same_arguments(self, config: Path) -> None:
         try:
@@ -903,7 +927,8 @@ class Run:
         self.rng = np.random.default_rng(args.seed)
         env, self.evaluation_env = make_environment(args.env), make_environment(args.env)
         self.bounds = (env.action_space.low, env.action_space.high)
-        self.sizes = network_sizes(env, args)
+        self.sizes, self.dense_sizes = network_sizes(env, args), network_sizes(env, dense(args))
+        self.sparsity = 1 - self.sizes.connections / self.dense_sizes.connections
         actor = initial_layers(self.sizes.actor, self.sizes.actor_connections, self.rng)
         critics = initial_layers(self.sizes.critic, self.sizes.critic_connections, self.rng, networks=(2,))
         if args.engine == "sparse":
@@ -1042,8 +1067,7 @@ class Run:
         if not path.exists():
             return False
         try:
-            with np.load(path, allow_pickle=False) as stored:
-                arrays = dict(stored)
+            arrays = read_arrays(path)
             state = json.loads(str(arrays.pop("state")))
             if state["arguments"] != self.directory.arguments:
                 raise ValueError("it belongs to a run with other arguments")
@@ -1054,7 +1078,7 @@ class Run:
             self.rng.bit_generator.state = state["rng"]
             self.tables, self.seconds, self.peak_memory = state["tables"], state["seconds"], state["peak_memory"]
             reset_from, actions, observation = state["reset_from"], arrays["actions"], arrays["observation"]
-        except (OSError, KeyError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        except UNREADABLE as error:
             raise InputError(f"{path} cannot be resumed: {error}; move the folder away to start afresh") from error
         self.env.restore(reset_from, actions, observation)
         self.step, self.saved_step, self.saved_crc = state["step"], state["step"], state["transitions_crc"]
@@ -1063,7 +1087,10 @@ class Run:
     def _load_transitions(self, count: int, expected_crc: int) -> None:
         crc, (capacity, width) = 0, self.buffer.rows.shape
         block = min(capacity, 10_000)
-        with open(self.directory.path / "transitions.bin", "rb") as file:
+        transitions = self.directory.path / "transitions.bin"
+        if transitions.stat().st_size < count * self.buffer.rows[0].nbytes:
+            raise ValueError("transitions.bin beside it is damaged")
+        with open(transitions, "rb") as file:
             for start in range(0, count, block):
                 rows = np.fromfile(file, dtype=np.float32, count=min(block, count - start) * width).reshape(-1, width)
                 self.buffer.rows[self.buffer.places(start, start + len(rows))] = rows
@@ -1075,15 +1102,14 @@ class Run:
         """Write the policy so far into the run directory."""
         save_policy(self.directory.path / name, self.agent.actor.layer_arrays(), self.bounds, self.args.env)
 
-    def finish(self) -> dict:
+    def finish(self) -> None:
         """Write the trained policy and the summary, and remove what only an unfinished run needs."""
-        dense = network_sizes(self.evaluation_env, dataclasses.replace(self.args, sparsity=None, er_lambda=None))
         returns = [row["return_mean"] for row in self.tables["evaluations"]]
         summary = {
             "connections": self.sizes.connections,
-            "sparsity": 1 - self.sizes.connections / dense.connections,
+            "sparsity": self.sparsity,
             "training_flops": self.sizes.training_flops(self.args),
-            "training_flops_of_dense": dense.training_flops(self.args),
+            "training_flops_of_dense": self.dense_sizes.training_flops(self.args),
             "final_return": float(np.mean(returns[-10:])),
             "lca": sum(returns) / self.args.total_timesteps,
             "evaluations": len(returns),
@@ -1094,7 +1120,6 @@ class Run:
         self.save_policy("policy.npz")
         write_json(self.directory.path / "summary.json", summary)
         self.directory.remove_working_files()
-        return summary
 
     def _peak_memory(self) -> int:
         """Return the most bytes of memory that a process of this run has held."""
@@ -1116,132 +1141,113 @@ class StopSignals:
 
 
 class Progress:
-    """Shows how a run goes: a bar on a terminal, else a line at each evaluation."""
+    """Shows how a run goes, as a bar on a terminal and else as a line at each evaluation, and logs it where asked.
 
-    def __init__(self, args: Arguments, step: int, sparsity: float):
-        self.total, self.sparsity = args.total_timesteps, sparsity
-        self.printed_step, self.printed_at = step, time.perf_counter()
-        title = f"{args.env} {variant(args)} seed {args.seed}"
-        self.bar = None
-        if sys.stderr.isatty():
-            self.bar = tqdm(
-                total=self.total, initial=step, desc=title, unit=" steps", dynamic_ncols=True, smoothing=0.1
-            )
-        else:
-            print(f"{title}: step {step:,} of {self.total:,}", flush=True)
+    Raises InputError when TensorBoard or Weights & Biases are asked for and missing.
+    """
 
-    def advance(self) -> None:
-        """Count one step."""
-        if self.bar is not None:
-            self.bar.update()
-
-    def evaluated(self, step: int, row: dict) -> None:
-        """Show an evaluation's row of the table."""
-        if self.bar is not None:
-            self.bar.set_postfix_str(f"return {row['return_mean']:.1f}, sparsity {self.sparsity:.2f}")
-            return
-        now = time.perf_counter()
-        speed = (step - self.printed_step) / (now - self.printed_at)
-        left = time.strftime("%H:%M:%S", time.gmtime((self.total - step) / speed)) if speed else "?"
-        print(
-            f"step {step:>9,}  return {row['return_mean']:9.1f} +- {row['return_std']:7.1f}  "
-            f"sparsity {self.sparsity:.2f}  {speed:6.0f} steps/s  {left} left",
-            flush=True,
-        )
-        self.printed_step, self.printed_at = step, now
-
-    def close(self) -> None:
-        """Leave the terminal as it was."""
-        if self.bar is not None:
-            self.bar.close()
-
-
-class Loggers:
-    """Sends scalars to TensorBoard and Weights & Biases, where asked for. Raises InputError when they are missing."""
-
-    def __init__(self, args: Arguments, directory: RunDirectory, step: int):
-        self.tensorboard, self.wandb = None, None
-        for asked, package in ((args.tensorboard, "tensorboard"), (args.track, "wandb")):
+    def __init__(self, run: Run):
+        args, directory = run.args, run.directory
+        self.total, self.sparsity = args.total_timesteps, run.sparsity
+        self.loggers: list[Callable[[int, dict[str, float]], None]] = []
+        self.closing = ExitStack()
+        for asked, flag, package in ((args.tensorboard, "tensorboard", "tensorboard"), (args.track, "track", "wandb")):
             if asked and importlib.util.find_spec(package) is None:
-                flag = "--tensorboard" if package == "tensorboard" else "--track"
-                raise InputError(f"{flag} needs the package {package}: pip install {package}")
+                raise InputError(f"--{flag} needs the package {package}: pip install {package}")
         if args.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.tensorboard = SummaryWriter(directory.path / "tensorboard", purge_step=step + 1)
+            writer = self.closing.enter_context(SummaryWriter(directory.path / "tensorboard", purge_step=run.step + 1))
+            self.loggers.append(lambda step, scalars: [writer.add_scalar(k, v, step) for k, v in scalars.items()])
         if args.track:
             import wandb
 
             name = "-".join(directory.path.parts[-3:])
             config = directory.arguments
-            self.wandb = wandb.init(project="dst-td3", name=name, id=name, resume="allow", config=config)
+            tracked = wandb.init(project="dst-td3", name=name, id=name, resume="allow", config=config)
+            self.closing.callback(tracked.finish)
+            self.loggers.append(lambda step, scalars: tracked.log(scalars, step=step))
+        title = f"{args.env} {variant(args)} seed {args.seed}"
+        self.bar, self.shown_step, self.shown_at = None, run.step, time.perf_counter()
+        if sys.stderr.isatty():
+            bar = tqdm(total=self.total, initial=run.step, desc=title, unit=" steps", dynamic_ncols=True, smoothing=0.1)
+            self.bar = self.closing.enter_context(bar)
+        else:
+            print(f"{title}: step {run.step:,} of {self.total:,}", flush=True)
 
-    def log(self, step: int, scalars: dict[str, float]) -> None:
-        """Log ``scalars`` by name."""
-        if self.tensorboard is not None:
-            for name, value in scalars.items():
-                self.tensorboard.add_scalar(name, value, step)
-        if self.wandb is not None:
-            self.wandb.log(scalars, step=step)
+    def advanced(self) -> None:
+        """Count one step."""
+        if self.bar is not None:
+            self.bar.update()
 
-    def close(self) -> None:
-        """Write out what is still in memory."""
-        if self.tensorboard is not None:
-            self.tensorboard.close()
-        if self.wandb is not None:
-            self.wandb.finish()
+    def evaluated(self, row: dict, losses: dict) -> None:
+        """Show and log an evaluation's row of the table and the losses of the last update."""
+        step, mean, std = row["step"], row["return_mean"], row["return_std"]
+        for log in self.loggers:
+            log(step, {**row, **{name: float(value) for name, value in losses.items()}})
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"return {mean:.1f}, sparsity {self.sparsity:.2f}")
+            return
+        now = time.perf_counter()
+        speed = (step - self.shown_step) / (now - self.shown_at)
+        left = timedelta(seconds=round((self.total - step) / speed)) if speed else "unknown"
+        print(
+            f"step {step:>9,}  return {mean:9.1f} +- {std:7.1f}  sparsity {self.sparsity:.2f}  {speed:6.0f} steps/s  "
+            f"time left {left}",
+            flush=True,
+        )
+        self.shown_step, self.shown_at = step, now
+
+
+def advance_to_the_end(run: Run, progress: Progress, signals: StopSignals) -> None:
+    """Train until the run is finished or told to stop, evaluating and writing checkpoints on the way."""
+    args = run.args
+    if run.step == 0 and not run.tables["evaluations"]:
+        progress.evaluated(run.evaluate(), run.agent.losses)
+    while run.step < args.total_timesteps and signals.received is None:
+        run.advance()
+        progress.advanced()
+        if run.step % args.eval_interval == 0 or run.step == args.total_timesteps:
+            progress.evaluated(run.evaluate(), run.agent.losses)
+        if run.step in args.snapshot_at:
+            run.save_policy(f"policy-{run.step}.npz")
+        if run.step % min(args.checkpoint_interval, len(run.buffer.rows)) == 0:
+            run.save()
+    if run.step < args.total_timesteps:
+        run.save()
+    else:
+        run.finish()
 
 
 def train(args: Arguments) -> int:
     """Train, or go on training, as resolved arguments say. Returns the exit code; raises InputError and RunError."""
-    directory = RunDirectory(args)
-    if directory.finished:
-        directory.remove_working_files()
-        print(f"{directory.path} is finished already: nothing to do")
-        return 0
     torch.set_num_threads(args.threads)
     # Moments and target weights that decay towards zero become denormal, which slows a CPU many times over.
     torch.set_flush_denormal(True)
+    directory = RunDirectory(args)
     run = Run(args, directory)
-    resumed = run.load()
-    signals, loggers = StopSignals(), Loggers(args, directory, run.step)
-    dense = network_sizes(run.evaluation_env, dataclasses.replace(args, sparsity=None, er_lambda=None))
-    progress = Progress(args, run.step, 1 - run.sizes.connections / dense.connections)
-
-    def evaluate_and_show() -> None:
-        row = run.evaluate()
-        progress.evaluated(run.step, row)
-        loggers.log(run.step, {**row, **{name: float(value) for name, value in run.agent.losses.items()}})
-
-    try:
-        if not resumed:
-            evaluate_and_show()
-        while run.step < args.total_timesteps and signals.received is None:
-            run.advance()
-            progress.advance()
-            if run.step % args.eval_interval == 0 or run.step == args.total_timesteps:
-                evaluate_and_show()
-            if run.step in args.snapshot_at:
-                run.save_policy(f"policy-{run.step}.npz")
-            if run.step % min(args.checkpoint_interval, len(run.buffer.rows)) == 0:
-                run.save()
-        if run.step < args.total_timesteps:
+    with directory.opened():
+        if directory.finished:
+            directory.remove_working_files()
+            print(f"{directory.path} is finished already: nothing to do")
+            return 0
+        run.load()
+        signals, progress = StopSignals(), Progress(run)
+        try:
+            with progress.closing:
+                advance_to_the_end(run, progress, signals)
+        except RunError:
             run.save()
-            progress.close()
-            print(f"stopped by {signals.received.name} at step {run.step:,}: the same command goes on from there")
-            return 128 + signals.received
-        summary = run.finish()
-    except RunError:
-        run.save()
-        raise
-    except OSError as error:
-        raise RunError(
-            f"cannot write to {directory.path}: {error.strerror}; what was there before is whole, "
-            f"and the same command goes on from step {run.saved_step:,}"
-        ) from error
-    finally:
-        progress.close()
-        loggers.close()
+            raise
+        except OSError as error:
+            raise RunError(
+                f"cannot write to {directory.path}: {error.strerror}; what was there before is whole, and the same "
+                f"command goes on from step {run.saved_step:,}"
+            ) from error
+    if not directory.finished:
+        print(f"stopped by {signals.received.name} at step {run.step:,}: the same command goes on from there")
+        return 128 + signals.received
+    summary = json.loads((directory.path / "summary.json").read_text())
     print(f"final return {summary['final_return']:.1f}, LCA {summary['lca']:.4f}: {directory.path}")
     return 0
 

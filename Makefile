@@ -1,0 +1,19 @@
+# `make train` and `make test` set up .venv by themselves; nothing else on the machine is touched.
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?= --env Hopper-v4 --sparsity 0.5
+
+.PHONY: train test
+
+train: $(VENV)/installed
+	$(VENV)/bin/python dst_td3.py $(ARGS)
+
+test: $(VENV)/installed
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/python -m pytest
+
+$(VENV)/installed: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@

@@ -1,0 +1,55 @@
+"""What several test files share: running the command line, in this process or in one of its own."""
+
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import hypothesis
+import pytest
+
+import dst_td3
+
+# How long an example takes is the machine's matter, and the examples are the same at each run.
+hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("repeatable")
+
+PROGRAM = Path(dst_td3.__file__)
+
+# A run of a few seconds that still evaluates, adapts, prunes targets and writes checkpoints several times.
+SHORT = (
+    *("--env", "Hopper-v4", "--hidden", "32", "32", "--total-timesteps", "2400", "--learning-starts", "400"),
+    *("--eval-interval", "400", "--eval-episodes", "2", "--adapt-interval", "100", "--checkpoint-interval", "150"),
+)
+
+
+@pytest.fixture
+def command_line(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
+    """Return a function that runs dst_td3 with arguments here and returns exit code, standard output and error."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["dst_td3.py", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            code = dst_td3.main()
+        except SystemExit as leaving:
+            code = leaving.code
+        return code, *capsys.readouterr()
+
+    yield run
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def start_process(*arguments: object, **options) -> subprocess.Popen:
+    """Start dst_td3 with ``arguments`` in a process of its own; ``options`` are Popen's."""
+    command = [sys.executable, str(PROGRAM), *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+
+
+def run_directory(results: Path) -> Path:
+    """Return the only run directory below ``results``."""
+    (config,) = results.rglob("config.json")
+    return config.parent

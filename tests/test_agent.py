@@ -1,0 +1,195 @@
+"""The agent's update: TD3 as the textbook has it, and nothing outside the topology."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import dst_td3
+from dst_td3 import Arguments, Batch, Layer, MaskedTD3, initial_layers, train_step
+
+OBSERVATIONS, ACTIONS = 5, 2
+BOUNDS = (np.array([-2, -1], dtype=np.float32), np.array([2, 3], dtype=np.float32))
+
+
+def make_agent(**arguments) -> MaskedTD3:
+    args = Arguments(**{"hidden": (16, 12), "adapt_interval": 4, "device": "cpu", "total_timesteps": 1000, **arguments})
+    rng = np.random.default_rng(args.seed)
+    actor, critic = [OBSERVATIONS, *args.hidden, ACTIONS], [OBSERVATIONS + ACTIONS, *args.hidden, 1]
+    counts = [dst_td3.count_connections(sizes, args.sparsity) for sizes in (actor, critic)]
+    layers = initial_layers(actor, counts[0], rng), initial_layers(critic, counts[1], rng, networks=(2,))
+    return MaskedTD3(*layers, BOUNDS, args)
+
+
+def random_batch(rng: np.random.Generator, size: int = 8) -> Batch:
+    widths = (OBSERVATIONS, ACTIONS, 1, OBSERVATIONS)
+    *floats, next_observation = (rng.standard_normal((size, width), dtype=np.float32) for width in widths)
+    return Batch(*floats, next_observation, (rng.random((size, 1)) < 0.2).astype(np.float32))
+
+
+def train(agent: MaskedTD3, steps: range, seed: int = 1) -> None:
+    rng = np.random.default_rng(seed)
+    for step in steps:
+        noise = rng.standard_normal((8, ACTIONS), dtype=np.float32)
+        train_step(agent, random_batch(rng), noise, step, rng, agent.args)
+
+
+def moments(network, layer: Layer) -> list[torch.Tensor]:
+    return [network.optimizer.state[layer.weight][name] for name in ("exp_avg", "exp_avg_sq")]
+
+
+def test_a_dense_update_is_the_textbooks():
+    """One update of every network, against TD3 written with torch's own modules and optimizer."""
+    agent = make_agent(method="td3")
+    batch, noise = random_batch(np.random.default_rng(0)), np.ones((8, ACTIONS), dtype=np.float32) * 4
+    low, high = map(torch.from_numpy, BOUNDS)
+
+    def module(layers: list[Layer], index=...) -> torch.nn.Sequential:
+        parts = []
+        for layer in layers:
+            weight, bias = layer.weight[index].detach(), layer.bias[index].detach()
+            linear = torch.nn.Linear(*weight.shape)
+            linear.weight.data, linear.bias.data = weight.T.clone(), bias[0].clone()
+            parts += [linear, torch.nn.ReLU()]
+        return torch.nn.Sequential(*parts[:-1])
+
+    actor, critics = module(agent.actor.layers), [module(agent.critics.layers, i) for i in range(2)]
+    actor_target, critic_targets = copy.deepcopy(actor), copy.deepcopy(critics)
+    observation, action, reward, next_observation, terminated = map(torch.from_numpy, batch)
+
+    def act(network, x):
+        return torch.tanh(network(x)) * torch.tensor([2.0, 2.0]) + torch.tensor([0.0, 1.0])
+
+    critic_optimizer = torch.optim.Adam([p for c in critics for p in c.parameters()], lr=1e-3, weight_decay=2e-4)
+    actor_optimizer = torch.optim.Adam(actor.parameters(), lr=1e-3, weight_decay=2e-4)
+    with torch.no_grad():
+        smoothed = act(actor_target, next_observation) + 0.5 * 2  # the noise of 4 * 0.2 is clipped to 0.5
+        pair = torch.cat([next_observation, smoothed.clamp(low, high)], 1)
+        value = torch.minimum(critic_targets[0](pair), critic_targets[1](pair))
+        target = reward + 0.99 * (1 - terminated) * value
+    pair = torch.cat([observation, action], 1)
+    sum(torch.nn.functional.mse_loss(critic(pair), target) for critic in critics).backward()
+    critic_optimizer.step()
+    (-critics[0](torch.cat([observation, act(actor, observation)], 1)).mean()).backward()
+    actor_optimizer.step()
+    for network, follower in zip((actor, *critics), (actor_target, *critic_targets), strict=True):
+        for p, t in zip(network.parameters(), follower.parameters(), strict=True):
+            t.data = 0.995 * t.data + 0.005 * p.data
+
+    train_step(agent, batch, noise, 2, np.random.default_rng(0), agent.args)
+    for ours, theirs in (
+        (module(agent.actor.layers), actor),
+        (module(agent.actor.target), actor_target),
+        *((module(agent.critics.layers, i), critics[i]) for i in range(2)),
+        *((module(agent.critics.target, i), critic_targets[i]) for i in range(2)),
+    ):
+        for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@settings(max_examples=10)
+@given(st.sampled_from(["ds-td3", "static-td3"]), st.floats(0.1, 0.9), st.integers(1, 7), st.integers(0, 99))
+def test_nothing_lives_outside_the_topology(method, sparsity, adapt_interval, seed):
+    agent = make_agent(method=method, sparsity=sparsity, adapt_interval=adapt_interval, drop_fraction=0.3, seed=seed)
+    first = [[layer.mask.sum((-2, -1)) for layer in n.layers] for n in (agent.actor, agent.critics)]
+    for step in range(1, 31):
+        train(agent, range(step, step + 1), seed=step)
+        for network, counts in zip((agent.actor, agent.critics), first, strict=True):
+            for layer, target, count in zip(network.layers, network.target, counts, strict=True):
+                assert torch.equal(layer.mask.sum((-2, -1)), count)
+                absent = layer.mask == 0
+                assert not layer.weight[absent].any()
+                assert not any(moment[absent].any() for moment in moments(network, layer))
+                assert ((target.weight != 0).sum((-2, -1)) <= count).all()
+
+
+def test_no_gradient_reaches_a_masked_weight():
+    agent = make_agent(sparsity=0.5)
+    agent.update_critics(random_batch(np.random.default_rng(0)), np.zeros((8, ACTIONS), dtype=np.float32))
+    agent.update_actor(random_batch(np.random.default_rng(1)))
+    for layer in agent.actor.layers + agent.critics.layers:
+        assert not layer.weight.grad[layer.mask == 0].any()
+        assert layer.weight.grad[layer.mask == 1].any()
+
+
+def test_grown_connections_start_at_zero_with_zero_moments():
+    agent = make_agent(sparsity=0.5, drop_fraction=0.4)
+    train(agent, range(1, 4))
+    for network in (agent.actor, agent.critics):
+        before = [layer.mask.clone() for layer in network.layers]
+        rng = np.random.default_rng(0)
+        kept = [dst_td3.drop_and_grow(x.weight.detach(), x.mask, 0.4, rng)[0] for x in network.layers]
+        network.adapt(np.random.default_rng(0))
+        for layer, old, stayed in zip(network.layers[:-1], before, kept, strict=False):
+            grown = (layer.mask == 1) & (stayed == 0)
+            assert grown.any() and not torch.equal(layer.mask, old)
+            for tensor in (layer.weight, *moments(network, layer)):
+                assert not tensor[grown].any()
+        assert torch.equal(network.layers[-1].mask, torch.ones_like(before[-1])), "the output layer stays dense"
+
+
+def test_dense_moments_follow_the_authors_code():
+    agent = make_agent(sparsity=0.5, dense_moments=True, adapt_interval=100)
+    train(agent, range(1, 5))
+    for network in (agent.actor, agent.critics):
+        for layer in network.layers[:-1]:
+            absent = layer.mask == 0
+            assert not layer.weight[absent].any()
+            assert all(moment[absent].any() for moment in moments(network, layer))
+
+
+def test_every_method_is_one_code_path():
+    """A topology that holds every connection trains to the same bytes as the dense agent."""
+    dense, full = make_agent(method="td3"), make_agent(method="static-td3", sparsity=0.0)
+    for agent in (dense, full):
+        train(agent, range(1, 9))
+    for network in ("actor", "critics"):
+        state, other = getattr(dense, network).state(), getattr(full, network).state()
+        assert all(np.array_equal(state[name], other[name]) for name in state)
+
+
+def test_the_actors_bounds_are_respected():
+    agent = make_agent()
+    actions = np.array([agent.act(100 * np.random.default_rng(i).standard_normal(OBSERVATIONS)) for i in range(50)])
+    assert (actions >= BOUNDS[0]).all() and (actions <= BOUNDS[1]).all()
+    assert actions.dtype == np.float32
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.7])
+def test_a_policy_file_acts_as_the_agent(tmp_path, sparsity):
+    agent = make_agent(sparsity=sparsity)
+    train(agent, range(1, 9))
+    dst_td3.save_policy(tmp_path / "policy.npz", agent.actor.layer_arrays(), BOUNDS, "Some-v0")
+    act = dst_td3.load_policy(tmp_path / "policy.npz", "Some-v0")
+    observation = np.random.default_rng(0).standard_normal(OBSERVATIONS)
+    np.testing.assert_array_equal(act(observation), agent.act(observation))
+    with pytest.raises(dst_td3.InputError, match="not for Other-v0"):
+        dst_td3.load_policy(tmp_path / "policy.npz", "Other-v0")
+
+
+def test_a_population_is_one_more_leading_axis():
+    """Three agents stacked on a leading axis compute what each computes alone."""
+    args = Arguments(device="cpu", sparsity=0.5, hidden=(16, 12))
+    sizes = [OBSERVATIONS, 16, 12, ACTIONS]
+    counts = dst_td3.count_connections(sizes, 0.5)
+    layers = initial_layers(sizes, counts, np.random.default_rng(0), networks=(3,))
+    stacked = dst_td3.MaskedNetwork(layers, args)
+    x = torch.randn(3, 8, OBSERVATIONS, generator=torch.Generator().manual_seed(0))
+    together = dst_td3.forward(stacked.layers, x)
+    stacked.minimize(together.square().sum())
+    stacked.adapt(np.random.default_rng(1))
+    rng = np.random.default_rng(1)
+    alone = [dst_td3.MaskedNetwork([Layer(*(a[i] for a in layer)) for layer in layers], args) for i in range(3)]
+    for i, network in enumerate(alone):
+        output = dst_td3.forward(network.layers, x[i])
+        torch.testing.assert_close(output, together[i])
+        network.minimize(output.square().sum())
+    # Growth is drawn layer by layer, and within a layer network by network.
+    for index in range(2):
+        for i, network in enumerate(alone):
+            layer = network.layers[index]
+            kept, grown = dst_td3.drop_and_grow(layer.weight.detach(), layer.mask, args.drop_fraction, rng)
+            assert torch.equal(stacked.layers[index].mask[i], kept + grown)

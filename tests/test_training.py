@@ -1,0 +1,449 @@
+"""Whole runs: they learn, repeat themselves to the byte, survive anything, and refuse what they cannot use."""
+
+import csv
+import json
+import resource
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import pytest
+from conftest import SHORT, run_directory, start_process
+
+import dst_td3
+
+REPEATED = ("evaluations.csv", "topology.csv", "policy.npz")
+
+
+@pytest.fixture(scope="session")
+def unbroken(tmp_path_factory) -> Path:
+    """The run directory of a short run that nothing disturbed."""
+    results = tmp_path_factory.mktemp("unbroken")
+    process = start_process(*SHORT, "--results-dir", results)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    return run_directory(results)
+
+
+def assert_same_bytes(directory: Path, other: Path) -> None:
+    for name in REPEATED:
+        assert (directory / name).read_bytes() == (other / name).read_bytes(), name
+
+
+def rows_of(path: Path) -> list[dict]:
+    with open(path) as file:
+        return list(csv.DictReader(file))
+
+
+# Learning
+
+
+@pytest.mark.parametrize("method", ["ds-td3", "static-td3", "td3"])
+def test_it_learns_to_balance_a_pole(command_line, tmp_path, method):
+    """Balancing for a whole episode returns 1000; an untrained agent reaches about 10."""
+    arguments = (
+        "--env InvertedPendulum-v4 --hidden 64 64 --learning-rate 0.005 --tau 0.02 --total-timesteps 10000 "
+        f"--learning-starts 1000 --eval-interval 1000 --eval-episodes 5 --adapt-interval 200 --method {method}"
+    )
+    code, output, error = command_line(*arguments.split(), "--results-dir", tmp_path)
+    assert code == 0, error
+    returns = [float(row["return_mean"]) for row in rows_of(run_directory(tmp_path) / "evaluations.csv")]
+    assert returns[0] < 100 and max(returns) > 900, output
+
+
+def test_ds_td3_changes_its_topology_and_keeps_its_size(unbroken):
+    rows = rows_of(unbroken / "topology.csv")
+    assert {(row["network"], row["layer"]) for row in rows} == {(n, i) for n in ("actor", "critic") for i in "12"}
+    for network in ("actor", "critic"):
+        alive = [
+            float(row["initial_connections_alive"]) for row in rows if (row["network"], row["layer"]) == (network, "2")
+        ]
+        assert alive[0] == 1 and alive[-1] < 0.75 and alive[-1] < alive[2]
+        sizes = {
+            sum(map(int, row["connections_per_input"].split()))
+            for row in rows
+            if (row["network"], row["layer"]) == (network, "1")
+        }
+        assert len(sizes) == 1
+
+
+def test_a_run_directory_holds_what_it_should(unbroken):
+    assert unbroken.parts[-3] == "Hopper-v4" and unbroken.name == "seed0"
+    files = {path.name for path in unbroken.iterdir()}
+    assert files == {"config.json", "summary.json", "timing.csv", *REPEATED}
+    config, summary = (json.loads((unbroken / f"{name}.json").read_text()) for name in ("config", "summary"))
+    assert config["arguments"]["adapt_interval"] == 100 and config["versions"]["torch"] == dst_td3.torch.__version__
+    rows = rows_of(unbroken / "evaluations.csv")
+    assert [int(row["step"]) for row in rows] == list(range(0, 2401, 400))
+    returns = [float(row["return_mean"]) for row in rows]
+    assert summary["lca"] == pytest.approx(sum(returns) / 2400)
+    assert summary["final_return"] == pytest.approx(np.mean(returns[-10:]))
+    assert summary["peak_memory_bytes"] > 50e6
+
+
+# The same bytes, whatever happens
+
+
+def test_the_same_command_makes_the_same_bytes_and_another_seed_others(command_line, unbroken, tmp_path):
+    for seed in (0, 1):
+        command_line(*SHORT, "--seed", seed, "--results-dir", tmp_path / str(seed))
+    assert_same_bytes(run_directory(tmp_path / "0"), unbroken)
+    evaluations = run_directory(tmp_path / "1") / "evaluations.csv"
+    assert evaluations.read_bytes() != (unbroken / "evaluations.csv").read_bytes()
+
+
+def wait_for_step(results: Path, step: int) -> None:
+    """Wait until a checkpoint at or after ``step`` is on disk."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        for path in results.rglob("checkpoint.npz"):
+            with np.load(path) as stored:
+                if json.loads(str(stored["state"]))["step"] >= step:
+                    return
+        time.sleep(0.01)
+    raise AssertionError(f"no checkpoint at step {step} within a minute")
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 143), (signal.SIGINT, 130)]
+)
+def test_a_stopped_run_resumes_to_the_same_bytes(command_line, unbroken, tmp_path, number, code):
+    """Stopped twice: while it explores at random, and while it learns with adapted topologies."""
+    for step in (150, 900):
+        process = start_process(*SHORT, "--results-dir", tmp_path)
+        wait_for_step(tmp_path, step)
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == code, output
+        if number != signal.SIGKILL:
+            assert f"stopped by {number.name}" in output and "the same command goes on" in output
+    assert not (run_directory(tmp_path) / "summary.json").exists()
+    assert command_line(*SHORT, "--results-dir", tmp_path)[0] == 0
+    assert_same_bytes(run_directory(tmp_path), unbroken)
+
+
+def test_a_buffer_smaller_than_the_run_resumes_to_the_same_bytes(command_line, tmp_path):
+    arguments = [*SHORT, "--buffer-size", 500]
+    command_line(*arguments, "--results-dir", tmp_path / "unbroken")
+    process = start_process(*arguments, "--results-dir", tmp_path / "stopped")
+    wait_for_step(tmp_path / "stopped", 1200)
+    process.kill()
+    process.communicate()
+    assert command_line(*arguments, "--results-dir", tmp_path / "stopped")[0] == 0
+    assert_same_bytes(run_directory(tmp_path / "stopped"), run_directory(tmp_path / "unbroken"))
+
+
+def test_a_full_disk_loses_nothing(command_line, unbroken, tmp_path):
+    """A limit on the size of files fails a write in the middle, as a full disk does."""
+    limit = 60_000  # enough for a few checkpoints' transitions, not for all
+    process = start_process(
+        *SHORT,
+        "--results-dir",
+        tmp_path,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY)),
+    )
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1 and "cannot write" in output and "Traceback" not in output
+    assert command_line(*SHORT, "--results-dir", tmp_path)[0] == 0
+    assert_same_bytes(run_directory(tmp_path), unbroken)
+
+
+def test_transitions_are_not_written_twice(command_line, tmp_path, monkeypatch):
+    """Between two checkpoints the file of transitions grows at its end, and nothing before is touched."""
+    results, written = tmp_path / "results", []
+    args = dst_td3.resolve(dst_td3.Arguments(env="Hopper-v4", total_timesteps=1000, device="cpu", results_dir=results))
+    run = dst_td3.Run(args, dst_td3.RunDirectory(args))
+    run.directory.path.mkdir(parents=True)
+    transitions = run.directory.path / "transitions.bin"
+    for _ in range(3):
+        for _ in range(50):
+            run.advance()
+        before = transitions.read_bytes() if transitions.exists() else b""
+        transitions.exists() and transitions.write_bytes(b"x" * len(before))  # what is on disk stays as it is
+        run.save()
+        after = transitions.read_bytes()
+        assert after[: len(before)] == b"x" * len(before)
+        written.append(len(after) - len(before))
+    assert written == [50 * run.buffer.rows[0].nbytes] * 3
+
+
+@pytest.mark.parametrize("name", ["Humanoid-v4", "Ant-v4"])
+def test_an_environment_is_restored_with_its_hidden_state(name):
+    """Their rewards depend on simulator state that no observation shows."""
+    actions = [np.random.default_rng(i).uniform(-0.4, 0.4, 17 if name == "Humanoid-v4" else 8) for i in range(60)]
+    env = dst_td3.ReplayableEnvironment(dst_td3.make_environment(name), seed=3)
+    for action in actions[:15]:
+        env.step(action.astype(np.float32))
+    other = dst_td3.ReplayableEnvironment(dst_td3.make_environment(name), seed=4)
+    other.restore(env.reset_from, np.array(env.actions), env.observation)
+    for action in actions[15:]:
+        assert env.step(action) == other.step(action)
+        np.testing.assert_array_equal(env.observation, other.observation)
+    env.reset()
+    other.reset()
+    np.testing.assert_array_equal(env.observation, other.observation)
+
+
+def test_a_finished_run_is_left_alone(command_line, unbroken, tmp_path):
+    shutil.copytree(unbroken.parents[2], tmp_path / "copy")
+    times = {path.name: path.stat().st_mtime_ns for path in run_directory(tmp_path / "copy").iterdir()}
+    code, output, _ = command_line(*SHORT, "--results-dir", tmp_path / "copy")
+    assert code == 0 and "finished already" in output
+    assert times == {path.name: path.stat().st_mtime_ns for path in run_directory(tmp_path / "copy").iterdir()}
+
+
+def test_snapshots_are_kept_and_an_initial_policy_acts_first(command_line, tmp_path):
+    snapshots = [*SHORT, "--snapshot-at", 800, 1600]
+    command_line(*snapshots, "--results-dir", tmp_path / "first")
+    first = run_directory(tmp_path / "first")
+    assert {path.name for path in first.glob("policy*")} == {"policy.npz", "policy-800.npz", "policy-1600.npz"}
+    initial = ["--initial-policy", first / "policy-1600.npz"]
+    assert command_line(*SHORT, *initial, "--results-dir", tmp_path / "second")[0] == 0
+    second = run_directory(tmp_path / "second")
+    assert "initial-policy=policy-1600" in second.parent.name
+    assert (second / "evaluations.csv").read_bytes() != (first / "evaluations.csv").read_bytes()
+
+
+# Bad input
+
+
+class Broken(gymnasium.Env):
+    """Returns a reward or an observation that is not finite at its fifth step."""
+
+    observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (2,))
+    action_space = gymnasium.spaces.Box(-1, 1, (1,))
+
+    def __init__(self, broken: str = "reward", observation_space=None, action_space=None):
+        self.broken = broken
+        self.observation_space = observation_space or self.observation_space
+        self.action_space = action_space or self.action_space
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        return np.zeros(2, dtype=np.float32), {}
+
+    def step(self, action):
+        self.steps += 1
+        bad = np.nan if self.steps == 5 else 0.0
+        observation = np.array([bad if self.broken == "observation" else 1.0, 1.0], dtype=np.float32)
+        return observation, bad if self.broken == "reward" else 1.0, self.steps == 8, False, {}
+
+
+Box, Discrete, Dict = gymnasium.spaces.Box, gymnasium.spaces.Discrete, gymnasium.spaces.Dict
+for name, options in {
+    "BrokenReward-v0": {"broken": "reward"},
+    "BrokenObservation-v0": {"broken": "observation"},
+    "UnboundedActions-v0": {"action_space": Box(-np.inf, np.inf, (1,))},
+    "DiscreteActions-v0": {"action_space": Discrete(3)},
+    "DictionaryObservations-v0": {"observation_space": Dict({"position": Box(-1, 1, (2,))})},
+    "ImageObservations-v0": {"observation_space": Box(0, 1, (8, 8, 3))},
+}.items():
+    gymnasium.register(name, entry_point=Broken, kwargs=options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("--env Hoper-v4", "did you mean Hopper-v4"),
+        ("--env Hopper-v3", "Hopper-v4"),
+        ("--env Nonsense", "no environment Nonsense"),
+        ("--env DiscreteActions-v0", "vector of real numbers"),
+        ("--env DictionaryObservations-v0", "vector of real numbers"),
+        ("--env ImageObservations-v0", "vector of real numbers"),
+        ("--env UnboundedActions-v0", "unbounded actions"),
+        ("--sparsity 1", "--sparsity must be at least 0 and below 1, not 1.0"),
+        ("--sparsity -0.1", "--sparsity must be"),
+        ("--sparsity nan", "--sparsity must be"),
+        ("--sparsity 0.99999", "without a connection"),
+        ("--er-lambda 0 64", "--er-lambda must be 2 positive numbers"),
+        ("--er-lambda -7 64", "--er-lambda must be"),
+        ("--er-lambda 7", "one for each hidden layer"),
+        ("--er-lambda 7 64 --sparsity 0.5", "give one of them"),
+        ("--method td3 --sparsity 0.5", "td3 is dense"),
+        ("--method td3 --er-lambda 7 64", "td3 is dense"),
+        ("--method td3 --dense-moments", "--dense-moments"),
+        ("--engine sparse --dense-moments", "--dense-moments needs --engine masked"),
+        ("--batch-size 0", "--batch-size must be a positive whole number, not 0"),
+        ("--total-timesteps -5", "--total-timesteps must be"),
+        ("--buffer-size 0", "--buffer-size must be"),
+        ("--buffer-size 10000000000000 --total-timesteps 10000000000000", "--buffer-size"),
+        ("--hidden 0", "--hidden must be"),
+        ("--hidden", "--hidden must be"),
+        ("--adapt-interval 0", "--adapt-interval must be"),
+        ("--drop-fraction 1.5", "--drop-fraction must be between 0 and 1"),
+        ("--learning-rate 0", "--learning-rate must be"),
+        ("--eval-episodes 0", "--eval-episodes must be"),
+        ("--threads 0", "--threads must be"),
+        ("--seed -1", "--seed must be"),
+        ("--device tpu", "--device must be"),
+        ("--initial-policy nowhere.npz", "nowhere.npz is no policy"),
+        ("--batch-size many", "--batch-size"),
+        ("--spasity 0.5", "--sparsity"),
+        ("--method sac", "ds-td3"),
+    ],
+)
+def test_bad_input_gets_one_clear_line_and_exit_code_2(command_line, tmp_path, arguments, expected):
+    code, output, error = command_line("--env", "Hopper-v4", "--results-dir", tmp_path, *arguments.split())
+    assert code == 2, output
+    assert expected in error and "Traceback" not in error
+    if error.startswith("dst_td3.py: error:"):  # what the argument parser itself refuses comes in a box
+        assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir()), "nothing is left behind"
+
+
+def test_a_missing_gpu_is_said(command_line, monkeypatch):
+    monkeypatch.setattr(dst_td3.torch.cuda, "is_available", lambda: False)
+    code, _, error = command_line("--device", "cuda")
+    assert code == 2 and "there is none" in error
+
+
+@pytest.mark.parametrize("what", ["reward", "observation"])
+def test_values_that_are_not_finite_stop_the_run_after_a_checkpoint(command_line, tmp_path, what):
+    arguments = ["--env", f"Broken{what.title()}-v0", "--eval-interval", 1000, "--eval-episodes", 1]
+    # An evaluation would meet the same value; what matters here is that training stops, and where.
+    for _ in range(2):
+        code, _, error = command_line(*arguments, "--results-dir", tmp_path)
+        assert code == 1 and "step 5" in error and what in error and error.count("\n") == 1
+    with np.load(run_directory(tmp_path) / "checkpoint.npz") as stored:
+        assert json.loads(str(stored["state"]))["step"] == 4
+
+
+def test_a_diverged_policy_stops_the_run(tmp_path):
+    args = dst_td3.resolve(
+        dst_td3.Arguments(env="Hopper-v4", learning_starts=2, results_dir=tmp_path, hidden=(8, 8), device="cpu")
+    )
+    run = dst_td3.Run(args, dst_td3.RunDirectory(args))
+    run.advance()
+    run.advance()
+    run.agent.actor.layers[0].bias.data.fill_(np.nan)
+    before = run.rng.bit_generator.state
+    with pytest.raises(dst_td3.RunError, match="step 3: the policy's action is not finite"):
+        run.advance()
+    assert run.step == 2 and run.rng.bit_generator.state == before
+
+
+@pytest.fixture
+def stopped(unbroken, tmp_path) -> Path:
+    """A run directory with a checkpoint."""
+    process = start_process(*SHORT, "--results-dir", tmp_path)
+    wait_for_step(tmp_path, 300)
+    process.kill()
+    process.communicate()
+    return run_directory(tmp_path)
+
+
+def damage(path: Path, how: str) -> None:
+    content = bytearray(path.read_bytes())
+    if how == "cut":
+        content = content[: len(content) // 2]
+    elif how == "flipped":
+        content[len(content) // 2] ^= 0xFF
+    elif how == "text":
+        content = bytearray(b"not a checkpoint")
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("how", ["cut", "flipped", "text"])
+@pytest.mark.parametrize("name", ["checkpoint.npz", "transitions.bin", "config.json"])
+def test_a_damaged_checkpoint_is_refused_and_left_untouched(command_line, stopped, name, how):
+    if (name, how) == ("config.json", "flipped"):
+        pytest.skip("a flipped byte in the middle of a text may leave it as good")
+    damage(stopped / name, how)
+    before = {path.name: path.read_bytes() for path in stopped.iterdir()}
+    code, _, error = command_line(*SHORT, "--results-dir", stopped.parents[2])
+    assert code == 2 and name in error and error.count("\n") == 1, error
+    assert {path.name: path.read_bytes() for path in stopped.iterdir()} == before
+
+
+def test_a_checkpoint_of_another_run_is_refused(command_line, stopped, tmp_path):
+    other = ["--seed", 1, "--results-dir", tmp_path]
+    process = start_process(*SHORT, *other)
+    deadline = time.monotonic() + 60
+    while not (found := list(tmp_path.rglob("seed1/checkpoint.npz"))) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    shutil.copy(stopped / "checkpoint.npz", found[0])
+    before = found[0].read_bytes()
+    code, _, error = command_line(*SHORT, *other)
+    assert code == 2 and "other arguments" in error
+    assert found[0].read_bytes() == before
+
+
+def test_a_folder_with_other_arguments_is_refused(command_line, unbroken):
+    code, _, error = command_line(*SHORT, "--threads", 2, "--results-dir", unbroken.parents[2])
+    assert code == 2 and "threads 1 there and 2 here" in error
+
+
+def test_a_folder_in_use_is_refused(command_line, tmp_path):
+    process = start_process(*SHORT, "--results-dir", tmp_path)
+    wait_for_step(tmp_path, 150)
+    code, _, error = command_line(*SHORT, "--results-dir", tmp_path)
+    process.kill()
+    process.communicate()
+    assert code == 2 and "another process" in error
+
+
+def test_an_unusable_results_folder_is_refused(command_line, tmp_path):
+    (tmp_path / "file").write_text("")
+    code, _, error = command_line(*SHORT, "--results-dir", tmp_path / "file")
+    assert code == 2 and "cannot use" in error and error.count("\n") == 1
+
+
+def test_loading_executes_nothing(tmp_path, command_line):
+    """An array of Python objects is how a numpy file would carry code."""
+
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "executed",))
+
+    objects = np.array([Evil()], dtype=object)
+    np.savez(tmp_path / "policy.npz", **{"0.shape": objects, "env": objects})
+    with pytest.raises(dst_td3.InputError, match="no policy"):
+        dst_td3.load_policy(tmp_path / "policy.npz", "Hopper-v4")
+    args = dst_td3.resolve(dst_td3.Arguments(env="Hopper-v4", results_dir=tmp_path, device="cpu", total_timesteps=100))
+    run = dst_td3.Run(args, dst_td3.RunDirectory(args))
+    run.directory.path.mkdir(parents=True)
+    np.savez(run.directory.path / "checkpoint.npz", state=objects)
+    with pytest.raises(dst_td3.InputError, match="cannot be resumed"):
+        run.load()
+    assert not (tmp_path / "executed").exists()
+
+
+# What is shown
+
+
+def test_describe_prints_the_papers_figures(command_line):
+    code, dense, _ = command_line("--describe", "--env", "HalfCheetah-v4", "--method", "td3")
+    assert code == 0 and "214,784 connections" in dense and "1.07e+14" in dense
+    code, sparse, _ = command_line("--describe", "--env", "HalfCheetah-v4", "--er-lambda", 7, 64)
+    assert code == 0 and "sparsity 0.51" in sparse and "0.49x dense" in sparse
+    assert [line.split()[-2:] for line in sparse.splitlines() if "17 x 256" in line] == [["1,911", "0.561"]]
+
+
+def test_tensorboard_logs_are_written_where_it_is_installed(command_line, tmp_path):
+    pytest.importorskip("tensorboard")
+    command_line(*SHORT, "--tensorboard", "--results-dir", tmp_path)
+    assert list(run_directory(tmp_path).glob("tensorboard/events*"))
+
+
+@pytest.mark.parametrize(("flag", "package"), [("--tensorboard", "tensorboard"), ("--track", "wandb")])
+def test_a_missing_logger_is_said(command_line, tmp_path, monkeypatch, flag, package):
+    monkeypatch.setattr(dst_td3.importlib.util, "find_spec", lambda name: None)
+    code, _, error = command_line(*SHORT, flag, "--results-dir", tmp_path)
+    assert code == 2 and f"{flag} needs the package {package}" in error
+
+
+def test_variants_are_named_by_what_differs_from_the_paper():
+    def name(**changes) -> str:
+        return dst_td3.variant(dst_td3.resolve(dst_td3.Arguments(device="cpu", **changes)))
+
+    assert name() == name(er_lambda=(7.0, 64.0)) == name(seed=3, threads=2) == "ds-td3"
+    assert name(method="td3") == "td3"
+    assert name(sparsity=0.8) == "ds-td3_sparsity=0.8"
+    assert name(adapt_interval=200, er_lambda=(5.0, 6.5)) == "ds-td3_er-lambda=5,6.5_adapt-interval=200"
+    assert name(dense_moments=True) == "ds-td3_dense-moments=True"
