@@ -129,7 +129,8 @@ class Arguments:
     checkpoint_interval: int = 10_000
     """steps between two checkpoints; a stopped run also writes one"""
     engine: Literal["auto", "masked", "sparse"] = "auto"
-    """masked multiplies dense matrices by 0/1 masks in torch, sparse computes with the connections alone"""
+    """masked multiplies dense matrices by 0/1 masks in torch, sparse computes with the connections alone (sparse
+    methods on the CPU); auto takes sparse where it can"""
     device: str = "auto"
     """cpu, cuda or auto (a GPU where there is one)"""
     threads: int = 1
@@ -196,14 +197,17 @@ def resolve(args: Arguments) -> Arguments:
         raise InputError(f"--device must be cpu, cuda or auto, not {device}")
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda needs a GPU that torch can use, and there is none: choose cpu or auto")
-    engine = "masked" if args.engine == "auto" else args.engine
-    if engine == "sparse":
-        if args.dense_moments:
-            raise InputError("--dense-moments needs --engine masked: the sparse engine has no moments to keep dense")
-        if device != "cpu" or args.method == "td3":
-            raise InputError("--engine sparse trains ds-td3 and static-td3 on the CPU: choose --engine masked")
-        if importlib.util.find_spec("sparse_engine") is None:
-            raise InputError("--engine sparse needs sparse_engine.py beside this file: choose --engine masked")
+    engine, obstacle = args.engine, None
+    if args.dense_moments:
+        obstacle = "--dense-moments needs --engine masked: the sparse engine has no moments to keep dense"
+    elif device != "cpu" or args.method == "td3":
+        obstacle = "--engine sparse trains ds-td3 and static-td3 on the CPU: choose --engine masked"
+    elif any(importlib.util.find_spec(name) is None for name in ("sparse_engine", "numba")):
+        obstacle = "--engine sparse needs sparse_engine.py beside this file and numba installed: choose --engine masked"
+    if engine == "auto":
+        engine = "masked" if obstacle else "sparse"
+    if engine == "sparse" and obstacle:
+        raise InputError(obstacle)
     sparsity, er_lambda = args.sparsity, args.er_lambda
     if args.method != "td3" and sparsity is None and er_lambda is None:
         if args.env in PAPER_LAMBDA and args.hidden == (256, 256):

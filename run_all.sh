@@ -1,0 +1,340 @@
+#!/usr/bin/env bash
+# Makes every run behind every figure and table, then the figures and tables themselves. ./run_all.sh --help says how.
+set -eo pipefail
+cd "$(dirname "$0")"
+
+# bash reads what is between these braces before it begins, so this file may change while it runs for days.
+{
+# The grid of one seed, in the order in which it is made. The defaults of dst_td3.py are the paper's settings, so a row
+# only says what differs. N% stands for the policy after N % of a run: the paper's 5e5 and 7e5 steps.
+# shown in                   environment     method      further arguments
+grid='
+fig1,tables,fig2,fig4        HalfCheetah-v4  ds-td3      --snapshot-at 50% 70%
+fig1,tables,fig2,fig3,fig4   HalfCheetah-v4  td3         --snapshot-at 50% 70%
+fig1,tables                  HalfCheetah-v4  static-td3
+fig1,tables                  Hopper-v4       ds-td3
+fig1,tables                  Hopper-v4       td3
+fig1,tables                  Hopper-v4       static-td3
+fig1,tables                  Walker2d-v4     ds-td3
+fig1,tables                  Walker2d-v4     td3
+fig1,tables                  Walker2d-v4     static-td3
+fig1,tables                  Ant-v4          ds-td3
+fig1,tables                  Ant-v4          td3
+fig1,tables                  Ant-v4          static-td3
+fig1,tables                  Humanoid-v4     ds-td3
+fig1,tables                  Humanoid-v4     td3
+fig1,tables                  Humanoid-v4     static-td3
+fig2                         HalfCheetah-v4  ds-td3      --adapt-interval 200
+fig2                         HalfCheetah-v4  ds-td3      --adapt-interval 500
+fig2                         HalfCheetah-v4  ds-td3      --adapt-interval 2000
+fig3                         HalfCheetah-v4  ds-td3      --sparsity 0.25
+fig3                         HalfCheetah-v4  ds-td3      --sparsity 0.5
+fig3                         HalfCheetah-v4  ds-td3      --sparsity 0.8
+fig4                         HalfCheetah-v4  ds-td3      --initial-policy 50%
+fig4                         HalfCheetah-v4  ds-td3      --initial-policy 70%
+fig4                         HalfCheetah-v4  td3         --initial-policy 50%
+fig4                         HalfCheetah-v4  td3         --initial-policy 70%
+'
+
+usage() {
+  cat <<'END'
+usage: ./run_all.sh [OPTION ...]
+
+Trains every agent of the paper and executes analysis.ipynb, which makes every figure and table from the results.
+It can be stopped at any moment; given again, it does only what is missing.
+
+  --only NAME              only the runs of fig1, fig2, fig3, fig4, tables, an environment or a method;
+                           given again, it narrows further: --only fig1 --only Hopper-v4
+  --seeds N                seeds of each run, 0 to N-1 (default: 5; with --quick: 2)
+  --steps N                environment steps of a run (default: 1000000; with --quick: 1500)
+  --jobs N                 runs at the same time, one thread each (default: one for each core)
+  --quick                  the whole pipeline with tiny runs, to see that it works; results in RESULTS/quick
+  --results-dir RESULTS    where results go, seen from the folder of this script (default: results)
+  --list                   print the command of each run, one a line, and the time that all would take; run nothing
+  --line N                 run only line N of the list, for job schedulers other than Slurm
+  --slurm                  submit what is missing as a Slurm job array instead of running it here
+  --slurm-options OPTIONS  what else sbatch is given: --slurm-options "--time=24:00:00 --partition=cpu"
+  --help                   print this
+END
+}
+
+reject() {
+  echo "run_all.sh: error: $1" >&2
+  exit 2
+}
+
+original_arguments=$*
+only=() seeds='' steps='' jobs='' quick='' folder=results list='' line='' slurm='' slurm_options=''
+while (($#)); do
+  case $1 in
+    --only | --seeds | --steps | --jobs | --results-dir | --line | --slurm-options)
+      [[ -n $2 ]] || reject "$1 needs a value (--help lists the options)" ;;
+  esac
+  case $1 in
+    --only) only+=("$2"); shift ;;
+    --seeds) seeds=$2; shift ;;
+    --steps) steps=$2; shift ;;
+    --jobs) jobs=$2; shift ;;
+    --quick) quick=yes ;;
+    --results-dir) folder=$2; shift ;;
+    --list) list=yes ;;
+    --line) line=$2; shift ;;
+    --slurm) slurm=yes ;;
+    --slurm-options) slurm_options=$2; shift ;;
+    --help | -h) usage; exit ;;
+    *) reject "there is no option $1 (--help lists them)" ;;
+  esac
+  shift
+done
+results=$folder${quick:+/quick}
+: "${seeds:=${quick:+2}}" "${steps:=${quick:+1500}}"
+: "${seeds:=5}" "${steps:=1000000}" "${jobs:=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)}"
+for option in seeds steps jobs line; do
+  [[ ${!option} =~ ^([1-9][0-9]*)?$ ]] || reject "--$option must be a positive whole number, not ${!option}"
+done
+least_steps=${quick:+10}
+((steps >= ${least_steps:=25001})) || reject "--steps must be at least $least_steps, not $steps: learning has to start"
+[[ $folder != *[[:space:]]* ]] || reject "--results-dir must be a path without spaces, not $folder"
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The list of runs: for each its command, its directory, and the file it needs from another run, if any
+# ---------------------------------------------------------------------------------------------------------------------
+
+commands=() directories=() needs=()
+
+# dst_td3.py names a variant by the arguments that differ from the paper's: " --sparsity 0.8" becomes "_sparsity=0.8".
+as_variant() {
+  local name=${1// --/_}
+  echo "${name// /=}"
+}
+
+add_run() {
+  local seed=$1 env=$2 method=$3 option=${4%% *} values=${4#* } topology='' snapshots='' initial='' need='' value
+  case $option in
+    --snapshot-at)
+      snapshots=" $option"
+      for value in $values; do snapshots+=" $((steps * ${value%\%} / 100))"; done ;;
+    --initial-policy)
+      initial=" $option policy-$((steps * ${values%\%} / 100))"
+      need=$results/$env/$method$(as_variant "$length$evaluation")/seed$seed/${initial##* }.npz ;;
+    ?*) topology=" $option $values" ;;
+  esac
+  needs+=("$need")
+  directories+=("$results/$env/$method$(as_variant "$topology$length$initial$evaluation")/seed$seed")
+  commands+=("python dst_td3.py --env $env --method $method --seed $seed$topology$length\
+${need:+ --initial-policy $need}$evaluation$snapshots --device cpu --results-dir $results")
+}
+
+length='' evaluation=''
+((steps == 1000000)) || length=" --total-timesteps $steps"
+if [[ -n $quick ]]; then
+  length+=" --learning-starts $((steps / 4))"
+  evaluation=" --eval-interval $((steps / 10)) --eval-episodes 1"
+fi
+# Seeds in the outer loop: every environment and method has one seed before any has two.
+for ((seed = 0; seed < seeds; seed++)); do
+  while read -r figures env method further; do
+    [[ -n $figures ]] || continue
+    for name in "${only[@]}"; do
+      [[ ,$figures,$env,$method, == *,$name,* ]] || continue 2
+    done
+    add_run "$seed" "$env" "$method" "$further"
+  done <<<"$grid"
+done
+total=${#commands[@]}
+((total > 0)) || reject "no run is of ${only[*]}: --only takes fig1 to fig4, tables, an environment or a method"
+
+is_finished() { [[ -f ${directories[$1]}/summary.json ]]; }
+is_ready() { [[ -z ${needs[$1]} || -f ${needs[$1]} ]]; }
+
+missing=()
+for run in "${!commands[@]}"; do is_finished "$run" || missing+=("$run"); done
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --list, --line and --slurm
+# ---------------------------------------------------------------------------------------------------------------------
+
+if [[ -n $list ]]; then
+  printf '%s\n' "${commands[@]}"
+  echo "$total runs of $steps steps, ${#missing[@]} of them not finished" >&2
+  # Both times of a summary together are what a run costs; those of all finished runs tell what the others will.
+  { find "$results" -mindepth 4 -maxdepth 4 -name summary.json -exec cat {} + 2>/dev/null || true; } | tr -d '",' |
+    awk -v steps="$steps" -v total="$total" -v missing="${#missing[@]}" '
+      $1 == "steps:" { made += $2; runs++ }
+      $1 == "training_seconds:" || $1 == "evaluation_seconds:" { seconds += $2 }
+      END {
+        if (!made) { print "no run is finished yet: the time of the others is unknown"; exit }
+        hours = steps * seconds / made / 3600
+        printf "about %.1f core-hours for all, %.1f for the missing ones ", hours * total, hours * missing
+        printf "(%.0f steps/s, the mean of %d finished runs)\n", made / seconds, runs
+      }' >&2
+  exit
+fi
+
+# What `make` sets up serves unless another environment is active.
+[[ -n $VIRTUAL_ENV || ! -x .venv/bin/python ]] || PATH=$PWD/.venv/bin:$PATH
+command -v python >/dev/null || reject "there is no python on the PATH: activate the environment of requirements.txt"
+
+if [[ -n $line ]]; then
+  ((line <= total)) || reject "--line must be at most $total, the length of the list, not $line"
+  echo "${commands[line - 1]}"
+  # shellcheck disable=SC2086 # a command of the list is made of words without spaces
+  exec ${commands[line - 1]}
+fi
+
+logs=$results/logs
+mkdir -p "$logs" 2>/dev/null || reject "cannot write to $results: choose another --results-dir"
+
+submit() {
+  local tasks=$1
+  shift
+  # shellcheck disable=SC2086 # the options are words by design
+  sbatch --parsable --job-name=dst-td3 --array="$tasks" --cpus-per-task=1 --requeue --open-mode=append \
+    --output="$logs/slurm-%A_%a.log" "$@" $slurm_options --wrap "exec ./run_all.sh $list_options \
+--line \$SLURM_ARRAY_TASK_ID"
+}
+
+if [[ -n $slurm ]]; then
+  command -v sbatch >/dev/null || reject "--slurm needs sbatch, which this machine does not have"
+  list_options="--seeds $seeds --steps $steps --results-dir $folder${quick:+ --quick}"
+  for name in "${only[@]}"; do list_options+=" --only $name"; done
+  now='' later=''
+  for run in "${missing[@]}"; do
+    if is_ready "$run"; then now+=,$((run + 1)); else later+=,$((run + 1)); fi
+  done
+  first=''
+  if [[ -n $now ]]; then
+    first=$(submit "${now#,}")
+    echo "submitted job array $first, one task for each line of ./run_all.sh --list: ${now#,}"
+  fi
+  if [[ -n $later ]]; then
+    # Figure 4 begins with policies of other runs, so Slurm holds it back until those have ended.
+    second=$(submit "${later#,}" ${first:+"--dependency=afterany:$first"})
+    echo "submitted job array $second, which waits for the policies that Figure 4 begins with: ${later#,}"
+  fi
+  echo "logs are in $logs; when all are done, the same command without --slurm makes the figures and tables"
+  exit
+fi
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs on this machine
+# ---------------------------------------------------------------------------------------------------------------------
+
+pids=() failures=() finished=0 steps_before=0 last_shown=''
+done_before=$((total - ${#missing[@]}))
+
+log_of() {
+  local name=${directories[$1]#"$results"/}
+  echo "$logs/${name//\//_}.log"
+}
+
+# The step of a run's last evaluation.
+step_of() {
+  local step
+  step=$(tail -n 1 "${directories[$1]}/evaluations.csv" 2>/dev/null | cut -d, -f1)
+  [[ $step =~ ^[0-9]+$ ]] || step=0
+  echo "$step"
+}
+
+start() {
+  # Steps of an earlier session would make this one look faster than it is.
+  steps_before=$((steps_before + $(step_of "$1")))
+  echo "${commands[$1]}" >>"$(log_of "$1")"
+  # shellcheck disable=SC2086 # a command of the list is made of words without spaces
+  ${commands[$1]} >>"$(log_of "$1")" 2>&1 </dev/null &
+  pids[$1]=$!
+}
+
+# Takes note of the runs that have ended since the last time.
+reap() {
+  local run alive
+  alive=" $(jobs -rp | tr '\n' ' ')"
+  for run in "${!pids[@]}"; do
+    [[ $alive != *" ${pids[run]} "* ]] || continue
+    if wait "${pids[run]}" && is_finished "$run"; then
+      finished=$((finished + 1))
+    else
+      failures+=("$run")
+    fi
+    unset "pids[run]"
+  done
+}
+
+show_progress() {
+  local counts left='' made=$((finished * steps - steps_before)) run
+  counts="$((done_before + finished)) done, ${#pids[@]} running, ${#failures[@]} failed of $total runs"
+  # A log file needs a line only when something has changed.
+  if [[ ! -t 1 && $counts == "$last_shown" ]]; then return; fi
+  last_shown=$counts
+  for run in "${!pids[@]}"; do made=$((made + $(step_of "$run"))); done
+  if ((made > 0)); then
+    left=$(((SECONDS - started) * ((${#missing[@]} - ${#failures[@]}) * steps - steps_before - made) / made / 60))
+    left=", about $((left / 60)) h $((left % 60)) min left"
+  fi
+  if [[ -t 1 ]]; then printf '\r\033[K%s%s' "$counts" "$left"; else echo "$(date '+%F %T')  $counts$left"; fi
+}
+
+# Each run writes a checkpoint when it is told to stop.
+# shellcheck disable=SC2329 # the traps below call it
+stop() {
+  trap '' INT TERM
+  echo
+  echo "stopping: each run first writes its checkpoint"
+  ((${#pids[@]} == 0)) || kill -TERM "${pids[@]}" 2>/dev/null || true
+  wait
+  echo "stopped with $((done_before + finished)) of $total runs done; to go on: ./run_all.sh $original_arguments"
+  exit "$1"
+}
+trap 'stop 130' INT
+trap 'stop 143' TERM
+
+started=$SECONDS
+waiting=("${missing[@]}")
+while ((${#waiting[@]} + ${#pids[@]})); do
+  reap
+  for place in "${!waiting[@]}"; do
+    ((${#pids[@]} < jobs)) || break
+    if is_ready "${waiting[place]}"; then
+      start "${waiting[place]}"
+      unset "waiting[place]"
+    fi
+  done
+  if ((${#pids[@]} == 0)); then
+    # Nothing runs and nothing can start: the runs that these depend on have failed or kept no policy.
+    for run in "${waiting[@]}"; do
+      echo "${directories[run]} needs ${needs[run]}, which the run in that folder did not leave: move the folder away" \
+        "to make it again" >>"$(log_of "$run")"
+      failures+=("$run")
+    done
+    waiting=()
+  fi
+  show_progress
+  sleep 1
+done
+[[ ! -t 1 ]] || echo
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Speed measurements, figures and tables
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Seconds mean something only once no run takes cores away.
+if [[ -d benchmarks && -z $quick && ${#only[@]} == 0 ]] && ! compgen -G "$results/benchmarks/*.csv" >/dev/null; then
+  echo "measuring speed and memory: make benchmark"
+  make benchmark >"$logs/benchmark.log" 2>&1 || failures+=(benchmark)
+fi
+
+echo "executing analysis.ipynb: $results/analysis.ipynb, $results/figures and $results/tables"
+RESULTS_DIR=$results jupyter execute analysis.ipynb --output="$results/analysis" >"$logs/analysis.log" 2>&1 ||
+  failures+=(analysis)
+
+((${#failures[@]} > 0)) || exit 0
+echo "${#failures[@]} failed; the same command tries them again. Their logs, with the last line of each:" >&2
+for run in "${failures[@]}"; do
+  case $run in
+    benchmark | analysis) log=$logs/$run.log ;;
+    *) log=$(log_of "$run") ;;
+  esac
+  echo "  $log: $(tail -n 1 "$log")" >&2
+done
+exit 1
+}

@@ -1,0 +1,1011 @@
+"""DS-TD3 on connections alone: the update of ``dst_td3.py`` with no dense weight matrix, mask, gradient or moment.
+
+``SparseTD3`` does what ``MaskedTD3`` does, with time and memory in proportion to the connections. The two files read
+side by side, room by room: topology (drop and grow, prune the target), networks, TD3. The room they do not share is
+the first one here, the kernels. All of it is compiled by numba; ``dst_td3.py --engine sparse`` uses it.
+
+**What lies where.** A layer's connections are stored as compressed rows: those into one output lie side by side, each
+a weight and the 2-byte number of its input. A second index lists the same connections by input, each with its output
+and its place among the weights. All layers of all stacked networks follow one another in the same flat arrays, biases
+at the end. Activations are feature-major: the values of one unit for the whole batch lie side by side, in whole cache
+lines. A target keeps a value for each connection of its network, in the same places, and a few *extras*: connections
+that its network has dropped since, and that the target has not.
+
+**How the kernels move memory.** Each connection multiplies one unit's row of activations, so loads bound the time.
+
+- ``weighted_sum`` (forward; input gradient of the actor's loss): a tile of columns of one output's row stays in vector
+  registers while all connections of that output pass by. A connection costs its index, its weight and the tile's part
+  of its input's row, and arithmetic happens as the row is loaded; the output is stored once, bias and ReLU included.
+- ``backward_row``: the same, from one input over the connections by input. Each output's gradient row is loaded once
+  and used twice: it adds to the input's gradient, in registers, and its dot product with the input's activations, in
+  registers too, is the weight's gradient. Four dot products at a time are summed across lanes.
+- ``adam_step`` and ``update_target`` stream through flat arrays once.
+- ``prune_target`` finds its threshold by counting magnitudes by their leading bits, and never sorts.
+- Drop and grow, once in a thousand steps, sort connections by numpy, and both indices are then written anew.
+"""
+
+import math
+import sys
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils, event
+from numba.core.registry import cpu_target
+from numba.extending import intrinsic
+
+BETAS = (0.9, 0.999)  # Adam's, as torch has them by default
+# No assumption that values are finite: a diverged network must show as one.
+COMPILED = {"cache": True, "fastmath": {"contract", "reassoc", "nsz", "arcp"}, "error_model": "numpy"}
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Kernels
+#
+# A tile is some columns of a row of activations, counted in half vectors so that a batch of 100 wastes at most a half.
+# ----------------------------------------------------------------------------------------------------------------------
+
+FEATURES = cpu_target.target_context.codegen().magic_tuple()[2]
+VECTOR_BYTES = 64 if "+avx512f" in FEATURES else 32 if "+avx" in FEATURES else 16
+CACHE_LINE = 64
+# The most half vectors in a tile: what the registers hold. The forward pass takes less of long vectors, so that the
+# tiles of a band of inputs (see Sparse networks) stay in the first-level cache.
+FORWARD_TILE = 8 if VECTOR_BYTES == 64 else 14
+BACKWARD_TILE = 14
+BAND_INPUTS = 128
+BAND_CONNECTIONS = 16  # the fewest, on average, that a row of a band is worth its start for
+DOTS_AT_ONCE = 4
+
+
+class Emitter:
+    """Emits LLVM instructions on a tile: vectors of ``lanes`` elements, the last one half as long where need be."""
+
+    def __init__(self, context, builder, dtype: types.Float):
+        self.context, self.builder = context, builder
+        self.element = context.get_value_type(dtype)
+        self.bytes = dtype.bitwidth // 8
+        self.lanes = VECTOR_BYTES // self.bytes
+
+    def for_each_size(self, half_vectors, most: int, emit) -> None:
+        """Switch on the size of the tile, up to ``most`` half vectors; ``emit(slots)`` is the code for one size.
+
+        ``slots`` are the offset and the length of each of the tile's vectors, in elements.
+        """
+        done = self.builder.append_basic_block("tile_done")
+        switch = self.builder.switch(half_vectors, done)
+        for size in range(1, most + 1):
+            block = self.builder.append_basic_block("tile")
+            switch.add_case(ir.Constant(half_vectors.type, size), block)
+            self.builder.position_at_end(block)
+            slots = [(i * self.lanes, self.lanes) for i in range(size // 2)]
+            emit(slots + [(size // 2 * self.lanes, self.lanes // 2)] * (size % 2))
+            self.builder.branch(done)
+        self.builder.position_at_end(done)
+
+    @contextmanager
+    def count(self, first, end, step: int):
+        """Loop over the numbers from ``first`` up to ``end`` in steps."""
+        with cgutils.for_range_slice(self.builder, first, end, ir.Constant(first.type, step)) as (k, _):
+            yield k
+
+    def data(self, type_, array):
+        """Return the pointer to an array's first element."""
+        return self.context.make_array(type_)(self.context, self.builder, array).data
+
+    def at(self, pointer, index):
+        """Load the element of ``pointer`` at ``index``; unsigned integers widen to the size of a pointer."""
+        value = self.builder.load(self.builder.gep(pointer, [index]))
+        narrow = isinstance(value.type, ir.IntType) and value.type.width < 64
+        return self.builder.zext(value, ir.IntType(64)) if narrow else value
+
+    def _vector_pointer(self, pointer, slot):
+        offset, length = slot
+        place = self.builder.gep(pointer, [ir.Constant(ir.IntType(64), offset)])
+        return self.builder.bitcast(place, ir.VectorType(self.element, length).as_pointer())
+
+    def load(self, pointer, slot):
+        """Load the vector of a tile's ``slot``."""
+        return self.builder.load(self._vector_pointer(pointer, slot), align=self.bytes)
+
+    def store(self, value, pointer, slot) -> None:
+        """Store the vector of a tile's ``slot``."""
+        self.builder.store(value, self._vector_pointer(pointer, slot), align=self.bytes)
+
+    def variable(self, value):
+        """Return a new variable, kept in a register, that holds ``value``."""
+        variable = cgutils.alloca_once(self.builder, value.type)
+        self.builder.store(value, variable)
+        return variable
+
+    def add_to(self, variable, a, b) -> None:
+        """Add the product ``a * b`` to a variable."""
+        self.builder.store(self.multiply_add(a, b, self.builder.load(variable)), variable)
+
+    def multiply_add(self, a, b, c):
+        """Return ``a * b + c`` in one instruction."""
+        product = self.builder.fmul(a, b, flags=("contract",))
+        return self.builder.fadd(product, c, flags=("contract",))
+
+    def splat(self, scalar, length: int):
+        """Return a vector of ``length`` copies of ``scalar``."""
+        vector = self.builder.insert_element(
+            ir.Constant(ir.VectorType(self.element, length), ir.Undefined), scalar, ir.Constant(ir.IntType(32), 0)
+        )
+        return self.shuffle(vector, vector, [0] * length)
+
+    def shuffle(self, a, b, lanes: list[int]):
+        """Return the given lanes of ``a`` followed by ``b``."""
+        return self.builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(ir.IntType(32), len(lanes)), lanes))
+
+    def fold(self, vector):
+        """Add the upper half of a vector to its lower half."""
+        lanes = list(range(vector.type.count))
+        half = len(lanes) // 2
+        return self.builder.fadd(self.shuffle(vector, vector, lanes[:half]), self.shuffle(vector, vector, lanes[half:]))
+
+    def dot(self, xs: list, ys: list):
+        """Return the dot product of two tiles as a vector of half a vector's lanes that is still to be summed."""
+        total = None
+        for x, y in zip(xs, ys, strict=True):
+            if total is not None and total.type.count > x.type.count:
+                total = self.fold(total)
+            total = self.builder.fmul(x, y) if total is None else self.multiply_add(x, y, total)
+        return self.fold(total) if total.type.count == self.lanes else total
+
+    def sum_each(self, vectors: list):
+        """Return the sum of each of several (a power of two) vectors, as one vector.
+
+        Vectors are summed in pairs, neighbouring lanes first, within groups of as many lanes as there are vectors: such
+        shuffles cost one instruction each.
+        """
+        group, length = len(vectors), vectors[0].type.count
+        even = [
+            lane
+            for first in range(0, length, group)
+            for start in (first, length + first)
+            for lane in range(start, start + group, 2)
+        ]
+        odd = [lane + 1 for lane in even]
+        while len(vectors) > 1:
+            pairs = zip(vectors[::2], vectors[1::2], strict=True)
+            vectors = [self.builder.fadd(self.shuffle(a, b, even), self.shuffle(a, b, odd)) for a, b in pairs]
+        total = vectors[0]
+        while total.type.count > group:
+            total = self.fold(total)
+        return total
+
+    def store_sums(self, vectors: list, pointers: list, accumulate) -> None:
+        """Store the sum of each vector at its pointer, or add it to what is there."""
+        total = self.sum_each(vectors)
+        for lane, pointer in enumerate(pointers):
+            before = self.builder.select(accumulate, self.builder.load(pointer), ir.Constant(self.element, 0.0))
+            value = self.builder.extract_element(total, ir.Constant(ir.IntType(32), lane))
+            self.builder.store(self.builder.fadd(before, value), pointer)
+
+
+@intrinsic
+def weighted_sum(
+    typing, values, out_at, source_at, stride, half_vectors, floor, initial, resume, weight, index, start, stop,
+    extra_weight, extra_index, extra_start, extra_stop
+):  # fmt: skip
+    """Write ``max(floor, initial + sum_k weight[k] * row(index[k]))`` for one tile of one output's row.
+
+    ``row(i)`` is the tile at ``values[source_at + i * stride]``; the sum runs over the connections ``start`` to
+    ``stop`` and over the extras. The result goes to ``values[out_at]``; with ``resume``, what is there is the initial.
+    """
+
+    def codegen(context, builder, signature, arguments):
+        _, out_at, source_at, stride, half_vectors, floor, initial, resume, _, _, start, stop, _, _, *extra = arguments
+        emitter = Emitter(context, builder, values.dtype)
+        rows, *data = (emitter.data(signature.args[i], arguments[i]) for i in (0, 8, 9, 12, 13))
+        out = builder.gep(rows, [out_at])
+
+        def emit(slots):
+            sums = []
+            for slot in slots:
+                first = builder.select(resume, emitter.load(out, slot), emitter.splat(initial, slot[1]))
+                sums.append(emitter.variable(first))
+            for weights, indices, first, end in ((*data[:2], start, stop), (*data[2:], *extra)):
+                with emitter.count(first, end, 1) as k:
+                    offset = builder.add(source_at, builder.mul(emitter.at(indices, k), stride))
+                    row, w = builder.gep(rows, [offset]), emitter.at(weights, k)
+                    for total, slot in zip(sums, slots, strict=True):
+                        emitter.add_to(total, emitter.splat(w, slot[1]), emitter.load(row, slot))
+            for total, slot in zip(sums, slots, strict=True):
+                value, least = builder.load(total), emitter.splat(floor, slot[1])
+                value = builder.select(builder.fcmp_ordered("<", value, least), least, value)
+                emitter.store(value, out, slot)
+
+        emitter.for_each_size(half_vectors, FORWARD_TILE, emit)
+        return context.get_dummy_value()
+
+    places, segment = (types.intp,) * 4, (types.intp, types.intp)
+    scalars = (values.dtype, values.dtype, types.boolean)
+    return types.void(values, *places, *scalars, weight, index, *segment, extra_weight, extra_index, *segment), codegen
+
+
+@intrinsic
+def backward_row(
+    typing, values, at, delta_at, stride, half_vectors, threshold, weight, gradient, accumulate, place, index,
+    start, stop
+):  # fmt: skip
+    """Propagate the gradients of one tile of a layer's outputs back to one of its inputs, over its connections.
+
+    The input's row is at ``values[at]``, the gradient of output ``o`` at ``values[delta_at + o * stride]``, and
+    connection k is that of ``index[k]`` with the weight at ``place[k]``. The weights' gradients go to ``gradient``, or
+    are added to what is there (``accumulate``), unless ``gradient`` is None. Unless ``weight`` is None, the input's own
+    gradient takes the place of its value, zero where that is at most ``threshold`` (the ReLU).
+    """
+    to_input, to_weights = not isinstance(weight, types.NoneType), not isinstance(gradient, types.NoneType)
+
+    def codegen(context, builder, signature, arguments):
+        _, at, delta_at, stride, half_vectors, threshold, _, _, accumulate, _, _, start, stop = arguments
+        emitter = Emitter(context, builder, values.dtype)
+        rows, places, indices = (emitter.data(signature.args[i], arguments[i]) for i in (0, 9, 10))
+        weights = emitter.data(signature.args[6], arguments[6]) if to_input else None
+        gradients = emitter.data(signature.args[7], arguments[7]) if to_weights else None
+        own_row = builder.gep(rows, [at])
+
+        def emit(slots):
+            value = [emitter.load(own_row, slot) for slot in slots]
+            zeros = [ir.Constant(v.type, [0.0] * v.type.count) for v in value]
+            sums = [emitter.variable(zero) for zero in zeros]
+
+            def connection(k):
+                place = emitter.at(places, k)
+                offset = builder.add(delta_at, builder.mul(emitter.at(indices, k), stride))
+                delta = [emitter.load(builder.gep(rows, [offset]), slot) for slot in slots]
+                if to_input:
+                    w = emitter.at(weights, place)
+                    for total, d in zip(sums, delta, strict=True):
+                        emitter.add_to(total, emitter.splat(w, d.type.count), d)
+                return (builder.gep(gradients, [place]), emitter.dot(value, delta)) if to_weights else None
+
+            def connections(first, end, count):
+                with emitter.count(first, end, count) as k:
+                    each = [connection(builder.add(k, ir.Constant(k.type, i))) for i in range(count)]
+                    if to_weights:
+                        pointers, dots = zip(*each, strict=True)
+                        emitter.store_sums(dots, pointers, accumulate)
+
+            at_once = min(DOTS_AT_ONCE, emitter.lanes // 2)
+            several = builder.and_(builder.sub(stop, start), ir.Constant(start.type, -at_once))
+            connections(start, builder.add(start, several), at_once)
+            connections(builder.add(start, several), stop, 1)
+            if to_input:
+                for v, zero, total, slot in zip(value, zeros, sums, slots, strict=True):
+                    closed = builder.fcmp_ordered("<=", v, emitter.splat(threshold, slot[1]))
+                    emitter.store(builder.select(closed, zero, builder.load(total)), own_row, slot)
+
+        emitter.for_each_size(half_vectors, BACKWARD_TILE, emit)
+        return context.get_dummy_value()
+
+    at_types, range_types = (types.intp,) * 4, (types.intp,) * 2
+    arrays = (weight, gradient, types.boolean, place, index)
+    return types.void(values, *at_types, values.dtype, *arrays, *range_types), codegen
+
+
+@njit(**COMPILED)
+def batch_layout(batch: int, itemsize: int) -> tuple[int, int]:
+    """Return the length of a row of activations in elements, and how many half vectors of it hold the batch.
+
+    Rows are an odd number of cache lines long, so that a column of tiles spreads over all sets of a cache.
+    """
+    lines = -(-batch * itemsize // CACHE_LINE) | 1
+    return lines * CACHE_LINE // itemsize, -(-batch * itemsize * 2 // VECTOR_BYTES)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sparse topology: pieces 3 and 4 of the paper
+#
+# A position is input * outputs + output, its place in the dense matrix that is never made; a topology is a sorted array
+# of them.
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def drop_and_grow(
+    weight: np.ndarray, topology: np.ndarray, positions: int, drop_fraction: float, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Choose which connections of a layer go and where new ones come: piece 3, the adaptation (the SET rule).
+
+    As ``dst_td3.drop_and_grow``, with the same draws: ``weight`` are those of the connections in ``topology``, in a
+    layer of ``positions``. Returns which of them are kept (booleans), and the sorted positions of the grown ones.
+    """
+    kept = np.ones(len(topology), dtype=bool)
+    for signed in (np.flatnonzero(weight >= 0), np.flatnonzero(weight < 0)):
+        weakest_first = np.argsort(np.abs(weight[signed]), kind="stable")
+        kept[signed[weakest_first[: round(drop_fraction * len(signed))]]] = False
+    occupied = topology[kept]
+    ranks = np.sort(rng.choice(positions - len(occupied), len(topology) - len(occupied), replace=False))
+    # As many empty positions precede an occupied one as its own number exceeds its rank.
+    empty_before = occupied - np.arange(len(occupied))
+    return kept, ranks + np.searchsorted(empty_before, ranks, side="right")
+
+
+@njit(**COMPILED)
+def prune_target(bits: np.ndarray, extra_bits: np.ndarray, guess: int) -> int:
+    """Zero the smallest weights of a target layer until its network's count is left: piece 4, the target's sparsity.
+
+    The weights come as integers of the same bits, which, sign bit aside, order as the magnitudes do: ``bits`` those at
+    the places of the network's own connections, ``extra_bits`` those elsewhere, as many as there are too many. Among
+    equals the first goes first. The threshold is searched outwards from ``guess``, which decides nothing but the time
+    that takes; returned is the threshold, a good guess for the next update, since a target moves slowly.
+    """
+    surplus = len(extra_bits)
+    if surplus == 0:
+        return guess
+    largest = (1 << (8 * bits.itemsize - 1)) - 1
+    low, high, dropped, step = -1, largest, 0, 1 << (8 * bits.itemsize - 22)
+    while high - low > 1:
+        count = count_up_to(bits, guess) + count_up_to(extra_bits, guess)
+        if count <= surplus:
+            low, dropped = guess, count
+        if count >= surplus:
+            high = guess + (count == surplus)
+        step *= 2
+        if high == largest:
+            guess = min(low + step, largest - 1)
+        else:
+            guess = (low + high) // 2 if low >= 0 else max(high - step, 0)
+    zero_up_to(bits, low)
+    zero_up_to(extra_bits, low)
+    for weights in (bits, extra_bits):
+        for k in range(len(weights) if dropped < surplus else 0):
+            if weights[k] & largest == high and dropped < surplus:
+                weights[k] = 0
+                dropped += 1
+    return max(low, 0)
+
+
+@njit(**COMPILED)
+def count_up_to(bits: np.ndarray, limit: int) -> int:
+    """Count the weights, given as integers of the same bits, of a magnitude up to that of ``limit``."""
+    magnitude, count = (1 << (8 * bits.itemsize - 1)) - 1, 0
+    for k in range(len(bits)):
+        count += bits[k] & magnitude <= limit
+    return count
+
+
+@njit(**COMPILED)
+def zero_up_to(bits: np.ndarray, limit: int) -> None:
+    """Zero the weights, given as integers of the same bits, of a magnitude up to that of ``limit``."""
+    magnitude = (1 << (8 * bits.itemsize - 1)) - 1
+    for k in range(len(bits)):
+        bits[k] = bits[k] if bits[k] & magnitude > limit else 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Sparse networks
+#
+# The L layers of N stacked networks are numbered n * L + l. Their outputs ("rows") follow one another in that order,
+# and so do their inputs ("columns"). The units of a stack are its shared inputs and then all rows. A layer of many inputs
+# and connections is cut into bands of inputs, each with compressed rows of its own ("segments"): the forward pass takes
+# one band after another, and the activations of a band stay in the first-level cache meanwhile.
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Layer(NamedTuple):
+    """One layer's parameters: ``weight`` and ``mask`` [..., inputs, outputs], ``bias`` [..., 1, outputs]."""
+
+    weight: np.ndarray
+    mask: np.ndarray
+    bias: np.ndarray
+
+
+class Arrays(NamedTuple):
+    """A stack of sparse networks, their targets and optimizer, of C connections, R rows, S segments and K columns."""
+
+    sizes: np.ndarray  # [L + 1] widths of all layers, inputs first
+    bands: np.ndarray  # [L] in how many bands of inputs each layer is cut
+    segment_start: np.ndarray  # [S + 1] segment s holds connections segment_start[s] to segment_start[s + 1]
+    input_index: np.ndarray  # [C] their inputs, numbered within the layer
+    column_start: np.ndarray  # [K + 1] the same connections by column
+    output_index: np.ndarray  # [C] their outputs, numbered within the layer
+    place: np.ndarray  # [C] and where each is among the weights
+    parameters: np.ndarray  # [C + R] weights, then biases
+    gradient: np.ndarray  # [C + R]
+    first_moment: np.ndarray  # [C + R]
+    second_moment: np.ndarray  # [C + R]
+    target: np.ndarray  # [C + R]
+    extra_start: np.ndarray  # [R + 1] the target's extras into row r
+    extra_index: np.ndarray  # [E] their inputs
+    extra_weight: np.ndarray  # [E]
+    threshold: np.ndarray  # [N * L] bits of the last magnitude that was pruned, where the next search starts
+
+
+@njit(**COMPILED)
+def forward(network: Arrays, n: int, target: bool, values: np.ndarray, batch: int) -> None:
+    """Apply network ``n`` of a stack, or its target, to the inputs in ``values``, with ReLU between its layers."""
+    stride, half_vectors = batch_layout(batch, values.itemsize)
+    parameters = network.target if target else network.parameters
+    biases, inputs, widths, bands = len(network.input_index), network.sizes[0], network.sizes[1:], network.bands
+    tiles = -(-half_vectors // FORWARD_TILE)
+    for tile in range(tiles):
+        first, last = tile * half_vectors // tiles, (tile + 1) * half_vectors // tiles
+        offset = first * VECTOR_BYTES // 2 // values.itemsize
+        source, row, segment = 0, n * widths.sum(), n * (widths * bands).sum()
+        for layer in range(len(widths)):
+            for band in range(bands[layer]):
+                last_band = band == bands[layer] - 1
+                floor = 0.0 if last_band and layer < len(widths) - 1 else -np.inf
+                for r in range(row, row + widths[layer]):
+                    extra_start = extra_stop = np.uint32(0)
+                    if target and last_band:
+                        extra_start, extra_stop = network.extra_start[r], network.extra_start[r + 1]
+                    weighted_sum(
+                        values, (inputs + r) * stride + offset, source * stride + offset, stride, last - first, floor,
+                        parameters[biases + r], band > 0, parameters, network.input_index,
+                        network.segment_start[segment], network.segment_start[segment + 1],
+                        network.extra_weight, network.extra_index, extra_start, extra_stop
+                    )  # fmt: skip
+                    segment += 1
+            source = inputs + row
+            row += widths[layer]
+
+
+@njit(**COMPILED)
+def backward(network: Arrays, n: int, values: np.ndarray, batch: int, first_input: int, learn: bool) -> None:
+    """Propagate the gradients of network ``n``'s outputs, given in place of their values, back through it.
+
+    With ``learn`` they go to its parameters (``network.gradient``), otherwise to its inputs from ``first_input`` on.
+    Gradients of hidden units, before their ReLU, take the place of their values.
+    """
+    stride, half_vectors = batch_layout(batch, values.itemsize)
+    inputs, rows, columns = network.sizes[0], network.sizes[1:].sum(), network.sizes[:-1].sum()
+    weight, gradient = network.parameters, network.gradient
+    tiles = -(-half_vectors // BACKWARD_TILE)
+    for tile in range(tiles):
+        first, last = tile * half_vectors // tiles, (tile + 1) * half_vectors // tiles
+        offset = first * VECTOR_BYTES // 2 // values.itemsize
+        size, more = last - first, tile > 0
+        row, column = (n + 1) * rows, (n + 1) * columns
+        for layer in range(len(network.sizes) - 2, 0, -1):
+            row, column = row - network.sizes[layer + 1], column - network.sizes[layer]
+            at, delta_at = (inputs + row - network.sizes[layer]) * stride + offset, (inputs + row) * stride + offset
+            ends = column, column + network.sizes[layer]
+            if learn:
+                backward_columns(network, ends, values, at, delta_at, stride, size, 0.0, weight, gradient, more)
+            else:
+                backward_columns(network, ends, values, at, delta_at, stride, size, 0.0, weight, None, more)
+        row, ends = row - network.sizes[1], (column - inputs + first_input, column)
+        at, delta_at = first_input * stride + offset, (inputs + row) * stride + offset
+        if learn:
+            backward_columns(network, ends, values, at, delta_at, stride, size, -np.inf, None, gradient, more)
+        else:
+            backward_columns(network, ends, values, at, delta_at, stride, size, -np.inf, weight, None, more)
+    if learn:
+        for row in range(n * rows, (n + 1) * rows):
+            total = values[0] * 0
+            for delta in values[(inputs + row) * stride : (inputs + row) * stride + batch]:
+                total += delta
+            gradient[len(network.input_index) + row] = total
+
+
+@njit(**COMPILED)
+def backward_columns(network, ends, values, at, delta_at, stride, size, threshold, weight, gradient, accumulate):
+    """Do ``backward_row`` for the columns from ``ends[0]`` to ``ends[1]``, whose rows of values start at ``at``."""
+    for column in range(ends[0], ends[1]):
+        backward_row(
+            values, at, delta_at, stride, size, threshold, weight, gradient, accumulate, network.place,
+            network.output_index, network.column_start[column], network.column_start[column + 1]
+        )  # fmt: skip
+        at += stride
+
+
+class Optimizer(NamedTuple):
+    """The constants of one Adam step, in the type of the parameters."""
+
+    step_size: np.floating  # learning rate, corrected for the first moment's start at zero
+    root_scale: np.floating  # corrects the second moment's root likewise
+    weight_decay: np.floating
+    first_rate: np.floating  # 1 - beta 1
+    second_rate: np.floating  # 1 - beta 2
+    epsilon: np.floating
+
+
+@njit(**COMPILED)
+def adam_step(network: Arrays, optimizer: Optimizer) -> None:
+    """Take one Adam step down the gradient, with an L2 penalty, in every parameter of a stack."""
+    parameters, gradient = network.parameters, network.gradient
+    first, second = network.first_moment, network.second_moment
+    for k in range(len(parameters)):
+        g = gradient[k] + optimizer.weight_decay * parameters[k]
+        first[k] += optimizer.first_rate * (g - first[k])
+        second[k] += optimizer.second_rate * (g * g - second[k])
+        root = math.sqrt(second[k]) * optimizer.root_scale
+        parameters[k] -= optimizer.step_size * first[k] / (root + optimizer.epsilon)
+
+
+@njit(**COMPILED)
+def soft_update(network: Arrays, target_bits: np.ndarray, extra_bits: np.ndarray, tau: np.floating) -> None:
+    """Move a stack's targets a step ``tau`` towards their networks, then prune each layer.
+
+    ``target_bits`` and ``extra_bits`` are the targets' parameters and extras as integers of the same bits.
+    """
+    parameters, target, extra_weight = network.parameters, network.target, network.extra_weight
+    for k in range(len(target)):
+        target[k] += tau * (parameters[k] - target[k])
+    for k in range(len(extra_weight)):
+        extra_weight[k] -= tau * extra_weight[k]
+    row, segment = 0, 0
+    for block in range(len(network.threshold)):
+        layer = block % len(network.bands)
+        next_row = row + network.sizes[1 + layer]
+        next_segment = segment + network.sizes[1 + layer] * network.bands[layer]
+        bits = target_bits[network.segment_start[segment] : network.segment_start[next_segment]]
+        extras = extra_bits[network.extra_start[row] : network.extra_start[next_row]]
+        network.threshold[block] = prune_target(bits, extras, network.threshold[block])
+        row, segment = next_row, next_segment
+
+
+# What a connection keeps from one topology to the next, and what belongs to the connections of the target alone.
+CARRIED = ("parameters", "target", "first_moment", "second_moment")
+EXTRAS = ("extra_index", "extra_weight", "extra_start")
+
+
+class Block(NamedTuple):
+    """One layer of one network of a stack, and where it lies in the stack's arrays."""
+
+    inputs: int
+    outputs: int
+    bands: int
+    connections: slice
+    rows: slice
+    segments: slice
+    columns: slice
+
+    @classmethod
+    def after(cls, last: "Block | None", inputs: int, outputs: int, connections: int) -> "Block":
+        """Lay out a layer of so many connections behind the ``last`` one."""
+        bands = max(1, min(-(-inputs // BAND_INPUTS), connections // (BAND_CONNECTIONS * outputs)))
+        starts = [part.stop for part in last[3:]] if last else [0] * 4
+        lengths = (connections, outputs, bands * outputs, inputs)
+        slices = (slice(start, start + length) for start, length in zip(starts, lengths, strict=True))
+        return cls(inputs, outputs, bands, *slices)
+
+    def positions(self, starts: np.ndarray, input_index: np.ndarray) -> np.ndarray:
+        """Return the positions of connections from the starts of this layer's rows or segments among all inputs.
+
+        Raises ValueError for what is no topology of this layer.
+        """
+        starts = starts.astype(np.int64)
+        inputs, counts = input_index[starts[0] : starts[-1]].astype(np.int64), np.diff(starts)
+        if (counts < 0).any() or counts.sum() != len(inputs) or (inputs >= self.inputs).any():
+            raise ValueError(f"its connections do not fit a layer of {self.inputs} x {self.outputs}")
+        return inputs * self.outputs + np.repeat(np.arange(len(counts)) % self.outputs, counts)
+
+    def mask(self, topology: np.ndarray) -> np.ndarray:
+        """Return a topology as a dense mask [inputs, outputs]."""
+        mask = np.zeros(self.inputs * self.outputs, dtype=np.float32)
+        mask[topology] = 1
+        return mask.reshape(self.inputs, self.outputs)
+
+
+def closed(part: slice) -> slice:
+    """Return the slice of the starts of some rows and of the one that follows, where the last of them ends."""
+    return slice(part.start, part.stop + 1)
+
+
+def starts(numbers: np.ndarray, count: int) -> np.ndarray:
+    """Return where each of the numbers 0 to ``count`` starts when ``numbers`` are sorted."""
+    return np.concatenate([[0], np.cumsum(np.bincount(numbers, minlength=count))])
+
+
+def allocate(blocks: list[Block], layers: int, dtype: np.dtype) -> Arrays:
+    """Return zeroed arrays for a stack of networks of so many ``layers`` each, with no extras."""
+    sizes = [block.inputs for block in blocks[:layers]] + [blocks[layers - 1].outputs]
+    connections, rows, segments, columns = (part.stop for part in blocks[-1][3:])
+    index = np.uint16 if max(sizes) <= 1 << 16 else np.uint32
+    return Arrays(
+        sizes=np.array(sizes),
+        bands=np.array([block.bands for block in blocks[:layers]]),
+        segment_start=np.zeros(segments + 1, np.uint32),
+        input_index=np.zeros(connections, index),
+        column_start=np.zeros(columns + 1, np.uint32),
+        output_index=np.zeros(connections, index),
+        place=np.zeros(connections, np.uint32),
+        **{name: np.zeros(connections + rows, dtype) for name in ("parameters", "gradient", *CARRIED[1:])},
+        extra_start=np.zeros(rows + 1, np.uint32),
+        extra_index=np.zeros(0, index),
+        extra_weight=np.zeros(0, dtype),
+        threshold=np.zeros(len(blocks), np.int64),
+    )
+
+
+class SparseNetwork:
+    """A stack of sparse networks as compressed rows, with their Adam optimizer and their targets."""
+
+    def __init__(self, layers: list[Layer], args):
+        self.args = args
+        self.layers, self.networks = len(layers), layers[0].weight.shape[:-2]
+        layers = [Layer(*(array.reshape(-1, *array.shape[-2:]) for array in layer)) for layer in layers]
+        stack = [Layer(*(array[n] for array in layer)) for n in range(len(layers[0].weight)) for layer in layers]
+        topologies = [np.flatnonzero(layer.mask) for layer in stack]
+        self.blocks: list[Block] = []
+        for layer, topology in zip(stack, topologies, strict=True):
+            self.blocks.append(Block.after((self.blocks or [None])[-1], *layer.weight.shape, len(topology)))
+        self.arrays = allocate(self.blocks, self.layers, layers[0].weight.dtype)
+        for block, topology, layer in zip(self.blocks, topologies, stack, strict=True):
+            self._write(block, topology, parameters=layer.weight.ravel()[topology])
+        self.arrays.parameters[len(self.arrays.input_index) :] = np.concatenate([layer.bias.ravel() for layer in stack])
+        self.arrays.target[:] = self.arrays.parameters
+        sparse = zip(self.blocks[: self.layers - 1], topologies, strict=False)
+        self.initial = [topology.astype(np.min_scalar_type(b.inputs * b.outputs)) for b, topology in sparse]
+        self.steps = np.zeros((), dtype=np.int64)
+
+    def optimizer(self) -> Optimizer:
+        """Count one Adam step and return its constants."""
+        self.steps += 1
+        corrections = [1 - beta ** int(self.steps) for beta in BETAS]
+        constants = Optimizer(
+            step_size=self.args.learning_rate / corrections[0],
+            root_scale=1 / math.sqrt(corrections[1]),
+            weight_decay=self.args.weight_decay,
+            first_rate=1 - BETAS[0],
+            second_rate=1 - BETAS[1],
+            epsilon=1e-8,
+        )
+        return Optimizer(*map(self.arrays.parameters.dtype.type, constants))
+
+    def adapt(self, rng: np.random.Generator) -> None:
+        """Adapt the topology of every sparse layer (drop and grow)."""
+        extras = [self._extras(block) for block in self.blocks]
+        for layer in range(self.layers - 1):
+            for index in range(layer, len(self.blocks), self.layers):
+                extras[index] = self._adapt(self.blocks[index], *extras[index], rng)
+        self._write_extras(extras)
+
+    def _adapt(self, block: Block, extra_positions: np.ndarray, extra_weight: np.ndarray, rng) -> tuple:
+        """Adapt the topology of one layer. Takes and returns the positions and the weights of its target's extras."""
+        arrays, (topology, place) = self.arrays, self._topology(block)
+        size = block.inputs * block.outputs
+        kept, grown = drop_and_grow(arrays.parameters[place], topology, size, self.args.drop_fraction, rng)
+        adapted = np.concatenate([topology[kept], grown])
+        order = np.argsort(adapted, kind="stable")
+        adapted = adapted[order]
+        carried = {}
+        for name in ("parameters", "first_moment", "second_moment"):
+            values = getattr(arrays, name)[place][kept]
+            carried[name] = np.concatenate([values, np.zeros(len(grown), values.dtype)])[order]
+
+        positions = np.concatenate([topology, extra_positions])
+        values = np.concatenate([arrays.target[place], extra_weight])
+        target, extra = np.zeros(len(adapted), values.dtype), values != 0
+        _, there, here = np.intersect1d(adapted, positions, assume_unique=True, return_indices=True)
+        target[there], extra[here] = values[here], False
+        self._write(block, adapted, target=target, **carried)
+        return positions[extra], values[extra]
+
+    def _topology(self, block: Block) -> tuple[np.ndarray, np.ndarray]:
+        """Return the sorted positions of a layer's connections, and where each is among the weights."""
+        inputs = np.repeat(np.arange(block.inputs), np.diff(self.arrays.column_start[closed(block.columns)]))
+        positions = inputs * block.outputs + self.arrays.output_index[block.connections]
+        return positions, self.arrays.place[block.connections]
+
+    def _write(self, block: Block, topology: np.ndarray, **values: np.ndarray) -> None:
+        """Write a layer's topology into both indices, and ``values`` of its connections into the arrays so named."""
+        arrays, start = self.arrays, block.connections.start
+        inputs, outputs = np.divmod(topology, block.outputs)
+        segments = inputs * block.bands // block.inputs * block.outputs + outputs
+        order = np.argsort(segments.astype(np.min_scalar_type(block.bands * block.outputs)), kind="stable")
+        arrays.segment_start[closed(block.segments)] = start + starts(segments, block.bands * block.outputs)
+        arrays.input_index[block.connections] = inputs[order]
+        arrays.column_start[closed(block.columns)] = start + starts(inputs, block.inputs)
+        arrays.output_index[block.connections] = outputs
+        arrays.place[start + order] = np.arange(start, block.connections.stop)
+        for name, array in values.items():
+            getattr(arrays, name)[block.connections] = array[order]
+
+    def _extras(self, block: Block) -> tuple[np.ndarray, np.ndarray]:
+        """Return the positions and the weights of the connections that only a layer's target has."""
+        row_starts = self.arrays.extra_start[closed(block.rows)]
+        weight = self.arrays.extra_weight[row_starts[0] : row_starts[-1]]
+        return block.positions(row_starts, self.arrays.extra_index), weight
+
+    def _write_extras(self, extras: list[tuple[np.ndarray, np.ndarray]]) -> None:
+        """Write the positions and the weights of all layers' extras into the arrays."""
+        indices, weights, start = [], [], 0
+        for block, (positions, values) in zip(self.blocks, extras, strict=True):
+            inputs, outputs = np.divmod(positions, block.outputs)
+            order = np.argsort(outputs, kind="stable")
+            self.arrays.extra_start[closed(block.rows)] = start + starts(outputs, block.outputs)
+            indices.append(inputs[order])
+            weights.append(values[order])
+            start += len(positions)
+        index = np.concatenate(indices).astype(self.arrays.input_index.dtype)
+        self.arrays = self.arrays._replace(extra_index=index, extra_weight=np.concatenate(weights))
+
+    def update_target(self) -> None:
+        """Move the target a step ``tau`` towards the network, then prune it back to the network's sparsity."""
+        soft_update(*self.soft_update_arguments())
+
+    def soft_update_arguments(self) -> tuple:
+        """Return what ``soft_update`` takes."""
+        target, extra = self.arrays.target, self.arrays.extra_weight
+        bits = f"i{target.itemsize}"
+        return self.arrays, target.view(bits), extra.view(bits), target.dtype.type(self.args.tau)
+
+    def layer_arrays(self) -> list[Layer]:
+        """Return the networks' own layers (not the targets') as dense arrays."""
+        dense = []
+        for layer in range(self.layers):
+            stack = zip(*map(self._dense, self.blocks[layer :: self.layers]), strict=True)
+            dense.append(Layer(*(np.reshape(arrays, (*self.networks, *arrays[0].shape)) for arrays in stack)))
+        return dense
+
+    def _dense(self, block: Block) -> Layer:
+        topology, place = self._topology(block)
+        weight = np.zeros((block.inputs, block.outputs), self.arrays.parameters.dtype)
+        weight.ravel()[topology] = self.arrays.parameters[place]
+        bias = self.arrays.parameters[len(self.arrays.input_index) :][block.rows]
+        return Layer(weight, block.mask(topology), bias[None])
+
+    def topologies(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return the present and the first mask of each sparse layer (of the first network, where they are stacked)."""
+        pairs = zip(self.blocks, self.initial, strict=False)
+        return [(block.mask(self._topology(block)[0]), block.mask(initial)) for block, initial in pairs]
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Return everything that training changes, as numpy arrays by name."""
+        state = {
+            name: getattr(self.arrays, name) for name in ("sizes", "segment_start", "input_index", *CARRIED, *EXTRAS)
+        }
+        return state | {"steps": self.steps} | {f"{index}.initial": array for index, array in enumerate(self.initial)}
+
+    def load_state(self, state: dict[str, np.ndarray]) -> None:
+        """Take over what ``state`` returned. Raises KeyError or ValueError when it belongs to another network."""
+        for name, own in self.state().items():
+            shape = state["extra_index"].shape if name in EXTRAS[:2] else own.shape
+            if state[name].shape != shape or state[name].dtype != own.dtype:
+                raise ValueError(f"{name} is {state[name].dtype}{state[name].shape}, not {own.dtype}{shape}")
+        if not np.array_equal(state["sizes"], self.arrays.sizes):
+            raise ValueError(f"its layers are {state['sizes'].tolist()} wide, not {self.arrays.sizes.tolist()}")
+        topologies = []
+        for block in self.blocks:
+            topologies.append(block.positions(state["segment_start"][closed(block.segments)], state["input_index"]))
+            block.positions(state["extra_start"][closed(block.rows)], state["extra_index"])
+            if len(topologies[-1]) != block.connections.stop - block.connections.start:
+                raise ValueError(f"its layer of {block.inputs} x {block.outputs} has {len(topologies[-1])} connections")
+        for block, topology in zip(self.blocks, topologies, strict=True):
+            self._write(block, np.sort(topology))
+        for name in CARRIED:
+            getattr(self.arrays, name)[:] = state[name]
+        self.arrays = self.arrays._replace(**{name: state[name].copy() for name in EXTRAS})
+        self.initial = [state[f"{index}.initial"].copy() for index in range(len(self.initial))]
+        self.steps = state["steps"].copy()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# TD3
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Settings(NamedTuple):
+    """The constants of an update, in the type of the parameters."""
+
+    gamma: np.floating
+    policy_noise: np.floating
+    noise_clip: np.floating
+
+
+@njit(**COMPILED)
+def write_units(values: np.ndarray, first: int, array: np.ndarray) -> None:
+    """Write ``array`` [batch, features] into the rows of as many units from ``first`` on."""
+    stride, _ = batch_layout(len(array), values.itemsize)
+    for b in range(array.shape[0]):
+        for feature in range(array.shape[1]):
+            values[(first + feature) * stride + b] = array[b, feature]
+
+
+@njit(**COMPILED)
+def first_output(network: Arrays, n: int) -> int:
+    """Return the number of the first unit of the last layer of network ``n``."""
+    return network.sizes[0] + (n + 1) * network.sizes[1:].sum() - network.sizes[-1]
+
+
+@njit(**COMPILED)
+def policy(actor: Arrays, target: bool, values: np.ndarray, low: np.ndarray, high: np.ndarray, batch: int):
+    """Return the actions [batch, actions] of an actor, or its target; its outputs in ``values`` become their tanh."""
+    forward(actor, 0, target, values, batch)
+    stride, _ = batch_layout(batch, values.itemsize)
+    first = first_output(actor, 0)
+    actions = np.empty((batch, len(low)), values.dtype)
+    for a in range(len(low)):
+        for b in range(batch):
+            values[(first + a) * stride + b] = math.tanh(values[(first + a) * stride + b])
+            actions[b, a] = values[(first + a) * stride + b] * (high[a] - low[a]) / 2 + (high[a] + low[a]) / 2
+    return actions
+
+
+@njit(**COMPILED)
+def update_critics(actor, critics, actor_values, values, batch, noise, bounds, settings, optimizer):
+    """Fit all critics to the smallest of the target critics' values (clipped double Q-learning).
+
+    ``batch`` are the arrays of a ``Batch``. Returns the loss and the mean value.
+    """
+    observation, action, reward, next_observation, terminated = batch
+    low, high = bounds
+    size, observations = observation.shape
+    stride, _ = batch_layout(size, values.itemsize)
+    networks = len(critics.threshold) // len(critics.bands)
+
+    write_units(actor_values, 0, next_observation)
+    next_action = policy(actor, True, actor_values, low, high, size)
+    for b in range(size):
+        for a in range(len(low)):
+            smoothing = max(-settings.noise_clip, min(noise[b, a] * settings.policy_noise, settings.noise_clip))
+            next_action[b, a] += smoothing * (high[a] - low[a]) / 2
+            next_action[b, a] = min(max(next_action[b, a], low[a]), high[a])
+    write_units(values, 0, next_observation)
+    write_units(values, observations, next_action)
+    smallest = np.full(size, np.inf, values.dtype)
+    for n in range(networks):
+        forward(critics, n, True, values, size)
+        output = first_output(critics, n) * stride
+        smallest = np.minimum(smallest, values[output : output + size])
+
+    write_units(values, 0, observation)
+    write_units(values, observations, action)
+    loss, mean_value = 0.0, 0.0
+    for n in range(networks):
+        forward(critics, n, False, values, size)
+        output = values[first_output(critics, n) * stride :][:stride]
+        output[size:] = 0
+        for b in range(size):
+            error = output[b] - (reward[b, 0] + settings.gamma * (1 - terminated[b, 0]) * smallest[b])
+            loss += error * error / size
+            mean_value += output[b] / (size * networks)
+            output[b] = 2 * error / size
+        backward(critics, n, values, size, 0, True)
+    adam_step(critics, optimizer)
+    return loss, mean_value
+
+
+@njit(**COMPILED)
+def update_actor(actor, critics, actor_values, values, observation, bounds, optimizer):
+    """Move the actor towards actions that the first critic values more (deterministic policy gradient).
+
+    Returns the loss.
+    """
+    low, high = bounds
+    size, observations = observation.shape
+    stride, _ = batch_layout(size, values.itemsize)
+    write_units(actor_values, 0, observation)
+    action = policy(actor, False, actor_values, low, high, size)
+    write_units(values, 0, observation)
+    write_units(values, observations, action)
+    forward(critics, 0, False, values, size)
+    output = values[first_output(critics, 0) * stride :][:stride]
+    loss = -output[:size].mean()
+    output[:size] = -1 / size
+    output[size:] = 0
+    backward(critics, 0, values, size, observations, False)
+    for a in range(len(low)):
+        tanh = actor_values[(first_output(actor, 0) + a) * stride :][:stride]
+        tanh[size:] = 0
+        for b in range(size):
+            slope = (1 - tanh[b] * tanh[b]) * (high[a] - low[a]) / 2
+            tanh[b] = values[(observations + a) * stride + b] * slope
+    backward(actor, 0, actor_values, size, 0, True)
+    adam_step(actor, optimizer)
+    return loss
+
+
+@njit(**COMPILED)
+def act(actor: Arrays, observation: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Return the deterministic action [actions] for one observation [observations]."""
+    biases = actor.parameters[len(actor.input_index) :]
+    x, row, segment = observation, 0, 0
+    for layer in range(len(actor.bands)):
+        y = biases[row : row + actor.sizes[layer + 1]].copy()
+        for _ in range(actor.bands[layer]):
+            for output in range(len(y)):
+                for k in range(actor.segment_start[segment], actor.segment_start[segment + 1]):
+                    y[output] += actor.parameters[k] * x[actor.input_index[k]]
+                segment += 1
+        row += len(y)
+        x = np.maximum(y, 0 * y) if layer < len(actor.bands) - 1 else np.tanh(y)
+    return (x * (high - low) / 2 + (high + low) / 2).astype(x.dtype)
+
+
+class SparseTD3:
+    """Twin delayed DDPG on sparse networks, on one CPU. It draws no random number of its own.
+
+    The first one after an installation compiles the kernels, which takes some seconds; later ones find them compiled.
+    """
+
+    def __init__(self, actor: list[Layer], critics: list[Layer], bounds: tuple[np.ndarray, np.ndarray], args):
+        self.args = args
+        self.actor = SparseNetwork(actor, args)
+        self.critics = SparseNetwork(critics, args)
+        self.dtype = self.actor.arrays.parameters.dtype.type
+        self.bounds = tuple(np.ascontiguousarray(bound, self.dtype) for bound in bounds)
+        self.settings = Settings(*map(self.dtype, (args.gamma, args.policy_noise, args.noise_clip)))
+        self.losses: dict[str, float] = {}
+        self.batch_size = None
+        self._compile()
+
+    def act(self, observation: np.ndarray) -> np.ndarray:
+        """Return the deterministic action [actions] for one observation [observations]."""
+        return act(self.actor.arrays, np.ascontiguousarray(observation, self.dtype), *self.bounds)
+
+    def update_critics(self, batch, noise: np.ndarray) -> None:
+        """Fit both critics to the smaller of the target critics' values (clipped double Q-learning).
+
+        ``batch`` is a ``Batch``; ``noise`` [batch, actions] is standard normal; scaled and clipped, it smooths the
+        target policy.
+        """
+        loss, value = update_critics(*self._critic_arguments(batch, noise, self.critics.optimizer()))
+        self.losses |= {"critic_loss": loss, "value": value}
+
+    def update_actor(self, batch) -> None:
+        """Move the actor towards actions that the first critic values more (deterministic policy gradient)."""
+        self.losses |= {"actor_loss": update_actor(*self._actor_arguments(batch, self.actor.optimizer()))}
+
+    def _critic_arguments(self, batch, noise: np.ndarray, optimizer: Optimizer) -> tuple:
+        arrays = tuple(np.ascontiguousarray(array, self.dtype) for array in (*batch, noise))
+        activations = self._activations(len(noise))
+        return (
+            self.actor.arrays,
+            self.critics.arrays,
+            *activations,
+            arrays[:-1],
+            arrays[-1],
+            self.bounds,
+            self.settings,
+            optimizer,
+        )
+
+    def _actor_arguments(self, batch, optimizer: Optimizer) -> tuple:
+        observation = np.ascontiguousarray(batch[0], self.dtype)
+        activations = self._activations(len(observation))
+        return self.actor.arrays, self.critics.arrays, *activations, observation, self.bounds, optimizer
+
+    def _activations(self, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return room for the values of all units of the actor and of the critics for a batch."""
+        if batch_size != self.batch_size:
+            self.batch_size = batch_size
+            self.activations = tuple(_activations(network.arrays, batch_size) for network in (self.actor, self.critics))
+        return self.activations
+
+    def _compile(self) -> None:
+        """Compile what has not been compiled on this machine before, and say so."""
+        observations, actions = int(self.actor.arrays.sizes[0]), len(self.bounds[0])
+        batch = [np.zeros((1, width), self.dtype) for width in (observations, actions, 1, observations, 1)]
+        optimizer = Optimizer(*[self.dtype(0)] * len(Optimizer._fields))
+        with event.install_listener("numba:compile", CompilationNotice()):
+            for function, arguments in (
+                (act, (self.actor.arrays, batch[0][0], *self.bounds)),
+                (update_critics, self._critic_arguments(batch, batch[1], optimizer)),
+                (update_actor, self._actor_arguments(batch, optimizer)),
+                (soft_update, self.actor.soft_update_arguments()),
+            ):
+                function.compile(tuple(map(numba.typeof, arguments)))
+
+
+def _activations(network: Arrays, batch_size: int) -> np.ndarray:
+    """Allocate the values of a stack's units for a batch: a padded row for each, from a cache line's boundary on."""
+    dtype = network.parameters.dtype
+    stride, _ = batch_layout.py_func(batch_size, dtype.itemsize)
+    length = (int(network.sizes[0]) + len(network.extra_start) - 1) * stride
+    room = np.zeros(length + CACHE_LINE // dtype.itemsize, dtype)
+    start = -room.ctypes.data % CACHE_LINE // dtype.itemsize
+    return room[start : start + length]
+
+
+class CompilationNotice(event.Listener):
+    """Says on stderr, once, that the kernels are being compiled."""
+
+    def __init__(self):
+        self.given = False
+
+    def on_start(self, event) -> None:
+        """Say so at the first kernel that no earlier run has left compiled."""
+        if not self.given:
+            print("compiling the sparse engine for this machine (once, some seconds) ...", file=sys.stderr, flush=True)
+        self.given = True
+
+    def on_end(self, event) -> None:
+        """Say nothing at its end."""
