@@ -1,9 +1,10 @@
 # `make train` and `make test` set up .venv by themselves; nothing else on the machine is touched.
 PYTHON ?= python3
 VENV ?= .venv
+PEERS ?= .venv-peers
 ARGS ?= --env Hopper-v4 --sparsity 0.5
 
-.PHONY: train test
+.PHONY: train test benchmark
 
 train: $(VENV)/installed
 	$(VENV)/bin/python dst_td3.py $(ARGS)
@@ -12,6 +13,14 @@ test: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/python -m pytest
+
+benchmark: $(VENV)/installed $(PEERS)/installed
+	$(VENV)/bin/python benchmarks/benchmark.py --peers $(PEERS)/bin/python
+
+$(PEERS)/installed: benchmarks/requirements-peers.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/requirements-peers.txt
+	touch $@
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)

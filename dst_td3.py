@@ -413,9 +413,9 @@ class MaskedNetwork:
         self.layers = [Layer(*(torch.tensor(array, device=args.device) for array in layer)) for layer in layers]
         self.target = copy.deepcopy(self.layers)
         self.initial_masks = [layer.mask.clone() for layer in self.layers]
-        # Exact copies at first, a target and its network share one topology.
         self.connections = [int(_networks(layer.mask)[0].sum()) for layer in self.layers]
-        self.supports = [target_support(layer.weight, layer.mask) for layer in self.target]
+        # Until the first adaptation a target shares its network's topology and needs no pruning.
+        self.supports: list[torch.Tensor | None] = [None] * len(self.layers)
         self.parameters = [tensor for layer in self.layers for tensor in (layer.weight, layer.bias)]
         for parameter in self.parameters:
             parameter.requires_grad_()
@@ -456,10 +456,13 @@ class MaskedNetwork:
     @torch.no_grad()
     def update_target(self) -> None:
         """Move the target a step ``tau`` towards the network, then prune it back to the network's sparsity."""
-        for index, (target, layer) in enumerate(zip(self.target, self.layers, strict=True)):
+        for layer, target, support, connections in zip(
+            self.layers, self.target, self.supports, self.connections, strict=True
+        ):
             target.weight.lerp_(layer.weight, self.args.tau)
             target.bias.lerp_(layer.bias, self.args.tau)
-            prune_target(target.weight, self.supports[index], self.connections[index])
+            if support is not None:
+                prune_target(target.weight, support, connections)
 
     def layer_arrays(self) -> list[Layer]:
         """Return copies of the network's own layers (not the target's) as numpy arrays."""
@@ -472,8 +475,8 @@ class MaskedNetwork:
 
     def state(self) -> dict[str, np.ndarray]:
         """Return everything that training changes, as numpy arrays by name."""
-        tensors = self._tensors() | {f"{index}.support": support for index, support in enumerate(self.supports)}
-        return {name: tensor.detach().cpu().numpy() for name, tensor in tensors.items()}
+        supports = {f"{index}.support": s for index, s in enumerate(self.supports) if s is not None}
+        return {name: tensor.detach().cpu().numpy() for name, tensor in (self._tensors() | supports).items()}
 
     @torch.no_grad()
     def load_state(self, state: dict[str, np.ndarray]) -> None:
@@ -482,8 +485,9 @@ class MaskedNetwork:
             if state[name].shape != tensor.shape:
                 raise ValueError(f"{name} has shape {state[name].shape}, not {tuple(tensor.shape)}")
             tensor.copy_(torch.from_numpy(state[name]))
-        for index, support in enumerate(self.supports):
-            self.supports[index] = torch.from_numpy(state[f"{index}.support"]).to(support.device)
+        for index in range(len(self.layers)):
+            if f"{index}.support" in state:
+                self.supports[index] = torch.from_numpy(state[f"{index}.support"]).to(self.args.device)
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         tensors = {}

@@ -125,8 +125,10 @@ def test_a_stopped_run_resumes_to_the_same_bytes(command_line, unbroken, tmp_pat
     assert_same_bytes(run_directory(tmp_path), unbroken)
 
 
-def test_a_buffer_smaller_than_the_run_resumes_to_the_same_bytes(command_line, tmp_path):
-    arguments = [*SHORT, "--buffer-size", 500]
+@pytest.mark.parametrize("further", ["--engine masked", "--buffer-size 500"])
+def test_other_runs_resume_to_the_same_bytes_too(command_line, tmp_path, further):
+    """The other engine, and a buffer smaller than the run."""
+    arguments = [*SHORT, *further.split()]
     command_line(*arguments, "--results-dir", tmp_path / "unbroken")
     process = start_process(*arguments, "--results-dir", tmp_path / "stopped")
     wait_for_step(tmp_path / "stopped", 1200)

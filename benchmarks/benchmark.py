@@ -1,0 +1,410 @@
+"""Measures what sparsity costs and saves in seconds and bytes, side by side in one run on one pinned core.
+
+usage: python benchmarks/benchmark.py [--peers PYTHON] [--results-dir DIR] [--repeats N] [--only PART ...]
+
+What is compared runs in turn, a block of one and a block of the other, and figures are medians over the repeats: a
+machine's speed drifts, and a ratio within one repeat does not. `make benchmark` also sets up the peers' environment.
+"""
+
+import functools
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import torch
+import tyro
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import dst_td3  # noqa: E402
+import sparse_engine  # noqa: E402
+
+OBSERVATIONS, ACTIONS, BATCH = 17, 6, 100  # HalfCheetah-v4 and the paper's batch
+BOUNDS = (-np.ones(ACTIONS, np.float32), np.ones(ACTIONS, np.float32))
+PAPERS_CONNECTIONS = 32_768  # of a 256 x 256 layer at sparsity 0.5
+
+
+@dataclass(frozen=True)
+class Options:
+    """Measure seconds and bytes."""
+
+    peers: Path | None = None
+    """Python of an environment with requirements-peers.txt; without it the end-to-end part leaves the peers out"""
+    results_dir: Path = Path("results/benchmarks")
+    """where tables and figures go"""
+    repeats: int = 7
+    """blocks of each kind whose median counts"""
+    core: int | None = None
+    """the core to run on (default: the last one this process may use)"""
+    only: tuple[str, ...] = ()
+    """parts to run: updates, end_to_end, inference, memory, kernels, threads (default: all)"""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is measured
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def make_agent(engine: str, width: int = 256, sparsity: float | None = None, threads: int = 1):
+    """Make an agent of HalfCheetah's sizes; without ``sparsity`` a dense one."""
+    method = "td3" if sparsity is None else "ds-td3"
+    args = dst_td3.Arguments(
+        method=method, sparsity=sparsity, hidden=(width, width), engine=engine, device="cpu", threads=threads
+    )
+    rng = np.random.default_rng(0)
+    actor, critic = [OBSERVATIONS, width, width, ACTIONS], [OBSERVATIONS + ACTIONS, width, width, 1]
+    counts = [dst_td3.count_connections(sizes, sparsity) for sizes in (actor, critic)]
+    layers = dst_td3.initial_layers(actor, counts[0], rng), dst_td3.initial_layers(critic, counts[1], rng, (2,))
+    agent = {"masked": dst_td3.MaskedTD3, "sparse": sparse_engine.SparseTD3}[engine](*layers, BOUNDS, args)
+    connections = sum(counts[0]) + 2 * sum(counts[1])
+    return agent, connections
+
+
+class Learner:
+    """An agent that learns from batches of random transitions, drawn beforehand."""
+
+    def __init__(self, agent):
+        self.agent, self.rng, self.step = agent, np.random.default_rng(1), 0
+
+        def normal(*shape: int) -> np.ndarray:
+            return self.rng.standard_normal(shape, dtype=np.float32)
+
+        self.batches = [
+            dst_td3.Batch(
+                normal(BATCH, OBSERVATIONS),
+                np.tanh(normal(BATCH, ACTIONS)),
+                normal(BATCH, 1),
+                normal(BATCH, OBSERVATIONS),
+                np.zeros((BATCH, 1), np.float32),
+            )
+            for _ in range(50)
+        ]
+        self.noises = [normal(BATCH, ACTIONS) for _ in range(50)]
+
+    def update(self, updates: int) -> float:
+        """Learn ``updates`` times, adaptations where they are due, and return the microseconds of one."""
+        started = time.perf_counter()
+        for _ in range(updates):
+            self.step += 1
+            place = self.step % len(self.batches)
+            args = self.agent.args
+            dst_td3.train_step(self.agent, self.batches[place], self.noises[place], self.step, self.rng, args)
+        return (time.perf_counter() - started) / updates * 1e6
+
+
+def in_turn(blocks: dict[str, Callable[[], float]], repeats: int) -> pd.DataFrame:
+    """Measure each block once to warm up, then all of them in turn ``repeats`` times; a column for each."""
+    for block in blocks.values():
+        block()
+    return pd.DataFrame([{name: block() for name, block in blocks.items()} for _ in range(repeats)])
+
+
+def state_bytes(agent) -> int:
+    """Count the bytes of an agent's weights, indices or masks, moments, gradients and targets."""
+    networks = (agent.actor, agent.critics)
+    if isinstance(agent, sparse_engine.SparseTD3):
+        return sum(array.nbytes for network in networks for array in network.arrays)
+    total = 0
+    for network in networks:
+        # A weight, a gradient, two moments and a target weight; a dense agent could do without its masks of ones.
+        total += 5 * sum(parameter.nbytes for parameter in network.parameters)
+        total += sum(layer.mask.nbytes for layer in network.layers) * (agent.args.method != "td3")
+    return total
+
+
+def held_bytes(holder, seen: set[int] | None = None) -> int:
+    """Count the bytes of all arrays and tensors that an object holds, each memory once."""
+    seen = set() if seen is None else seen
+    if isinstance(holder, torch.Tensor):
+        gradient = 0 if holder.grad is None else held_bytes(holder.grad, seen)
+        return gradient + held_bytes(holder.detach().numpy(), seen)
+    if isinstance(holder, np.ndarray):
+        while isinstance(holder.base, np.ndarray):
+            holder = holder.base
+        address = holder.ctypes.data
+        known, _ = address in seen, seen.add(address)
+        return 0 if known else holder.nbytes
+    if isinstance(holder, dict):
+        return sum(held_bytes(part, seen) for pair in holder.items() for part in pair)
+    if isinstance(holder, (list, tuple)):
+        return sum(held_bytes(part, seen) for part in holder)
+    if type(holder).__module__ in ("dst_td3", "sparse_engine", "torch.optim.adam"):
+        return held_bytes(vars(holder), seen)
+    return 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Parts
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def updates(options: Options) -> str:
+    """Time of an update and bytes of an agent, dense and sparse, over sparsity and over width."""
+    rows = []
+    for width, sparsities in ((256, (0.25, 0.5, 0.8, 0.9, 0.95)), (512, ()), (1024, ()), (2048, ())):
+        # At other widths than the paper's, as many connections in the middle layer as at its width and sparsity 0.5.
+        sparsities = sparsities or (1 - PAPERS_CONNECTIONS / width**2,)
+        cases = [("dense TD3 (torch)", "masked", None)]
+        cases += [("DS-TD3, masks (torch)", "masked", sparsity) for sparsity in sparsities if width == 256]
+        cases += [("DS-TD3, sparse engine", "sparse", sparsity) for sparsity in sparsities]
+        agents = {(name, sparsity): make_agent(engine, width, sparsity) for name, engine, sparsity in cases}
+        # A thousand updates hold one adaptation; dense torch, without any, is measured for about a second.
+        lengths = {key: 1000 if "sparse" in key[0] else max(4, 300 * 256**2 // width**2) for key in agents}
+        learners = {key: Learner(agent) for key, (agent, _) in agents.items()}
+        blocks = {key: functools.partial(learners[key].update, lengths[key]) for key in agents}
+        times = in_turn(blocks, options.repeats)
+        dense = times.iloc[:, 0]
+        for column, (name, sparsity) in enumerate(agents):
+            agent, connections = agents[name, sparsity]
+            rows.append(
+                {
+                    "implementation": name,
+                    "width": width,
+                    "sparsity": round(sparsity or 0.0, 4),
+                    "connections": connections,
+                    "microseconds": times.iloc[:, column].median(),
+                    "speedup_over_dense": (dense / times.iloc[:, column]).median(),
+                    "state_bytes": state_bytes(agent),
+                }
+            )
+            print(rows[-1], flush=True)
+        dense_bytes = rows[-len(agents)]["state_bytes"]
+        for row in rows[-len(agents) :]:
+            row["bytes_over_dense"] = row["state_bytes"] / dense_bytes
+    table = pd.DataFrame(rows)
+    table.round(4).to_csv(options.results_dir / "updates.csv", index=False)
+    plot_growth(table, options.results_dir / "growth.png")
+    return "## Time of an update and bytes of the agent's state\n\n" + markdown(table) + "\n\n![](growth.png)"
+
+
+def plot_growth(table: pd.DataFrame, path: Path) -> None:
+    """Plot the time of an update against connections at one width, and against width at equal connections."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    sparse = table[table.implementation.str.contains("sparse engine")]
+    dense = table[table.implementation.str.contains("dense")]
+    at_256 = sparse[sparse.width == 256].sort_values("connections")
+    left.plot(at_256.connections, at_256.microseconds, "o-", label="DS-TD3, sparse engine")
+    left.axhline(dense[dense.width == 256].microseconds.iloc[0], color="C1", linestyle="--", label="dense TD3 (torch)")
+    left.set(xlabel="connections", ylabel="µs per update", title="width 256", xlim=(0, None), ylim=(0, None))
+    equal = sparse[(sparse.sparsity - (1 - PAPERS_CONNECTIONS / sparse.width**2)).abs() < 1e-3]
+    right.plot(equal.width, equal.microseconds, "o-", label="DS-TD3, sparse engine, equal connections")
+    right.plot(dense.width, dense.microseconds, "s--", label="dense TD3 (torch)")
+    right.set(xscale="log", yscale="log", xlabel="width", ylabel="µs per update", title="as many connections")
+    right.set_xticks(equal.width, equal.width)
+    right.minorticks_off()
+    for axes in (left, right):
+        axes.legend()
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def end_to_end(options: Options) -> str:
+    """Environment steps a second of whole training loops on HalfCheetah-v4, without evaluations."""
+    block = 1000
+    steppers: dict[str, Callable[[], float]] = {}
+    processes = []
+    for library in ("stable-baselines3", "sbx") if options.peers else ():
+        command = [str(options.peers), str(ROOT / "benchmarks" / "peer.py"), library]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        processes.append(process)
+
+        def step(process: subprocess.Popen = process) -> float:
+            process.stdin.write(f"{block}\n")
+            process.stdin.flush()
+            return block / float(process.stdout.readline())
+
+        steppers[library] = step
+    folder = Path(tempfile.mkdtemp())
+    for name, changes in (
+        ("td3", {"method": "td3"}),
+        *((f"ds-td3, sparsity {s}", {"sparsity": s}) for s in (0.5, 0.8, 0.9)),
+    ):
+        args = dst_td3.resolve(dst_td3.Arguments(learning_starts=1000, device="cpu", results_dir=folder, **changes))
+        run = dst_td3.Run(args, dst_td3.RunDirectory(args))
+        while run.step < args.learning_starts:
+            run.advance()
+
+        def advance(run: dst_td3.Run = run) -> float:
+            started = time.perf_counter()
+            for _ in range(block):
+                run.advance()
+            return block / (time.perf_counter() - started)
+
+        steppers[name] = advance
+    speeds = in_turn(steppers, options.repeats)
+    for process in processes:
+        process.stdin.close()
+        process.wait()
+    rows = []
+    for name in speeds:
+        row = {"implementation": name, "steps_per_second": speeds[name].median()}
+        for library in ("stable-baselines3", "sbx"):
+            if library in speeds:
+                row[f"speedup_over_{library}"] = (speeds[name] / speeds[library]).median()
+        rows.append(row)
+    table = pd.DataFrame(rows)
+    table.round(3).to_csv(options.results_dir / "end_to_end.csv", index=False)
+    return "## Steps a second of training on HalfCheetah-v4, without evaluations\n\n" + markdown(table)
+
+
+def inference(options: Options) -> str:
+    """Latency of one action and bytes of the stored policy."""
+    observations = np.random.default_rng(0).standard_normal((1000, OBSERVATIONS))
+    blocks, sizes = {}, {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, engine, sparsity in (
+            ("dense TD3 (torch)", "masked", None),
+            *((f"DS-TD3, sparse engine, sparsity {s}", "sparse", s) for s in (0.5, 0.8, 0.9, 0.95)),
+        ):
+            agent, _ = make_agent(engine, sparsity=sparsity)
+
+            def act(agent=agent) -> float:
+                started = time.perf_counter()
+                for observation in observations:
+                    agent.act(observation)
+                return (time.perf_counter() - started) / len(observations) * 1e6
+
+            blocks[name] = act
+            path = Path(folder) / "policy.npz"
+            dst_td3.save_policy(path, agent.actor.layer_arrays(), BOUNDS, "HalfCheetah-v4")
+            sizes[name] = path.stat().st_size
+    times = in_turn(blocks, options.repeats)
+    dense = times.iloc[:, 0]
+    table = pd.DataFrame(
+        {
+            "implementation": name,
+            "microseconds_per_action": times[name].median(),
+            "speedup_over_dense": (dense / times[name]).median(),
+            "policy_bytes": sizes[name],
+        }
+        for name in times
+    )
+    table.round(3).to_csv(options.results_dir / "inference.csv", index=False)
+    return "## Latency of one action and bytes of the stored policy\n\n" + markdown(table)
+
+
+def memory(options: Options) -> str:
+    """Memory that agents take, as their arrays count it and as the growth of a process's peak shows it."""
+    rows = []
+    for width, sparsity in ((1024, None), (1024, 0.5), (1024, 0.9), (2048, None), (2048, 0.5), (2048, 0.9)):
+        command = [sys.executable, __file__, "--only", "peak", str(width), str(sparsity)]
+        measured = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        rows.append({"width": width, "sparsity": sparsity or 0.0, **measured})
+    table = pd.DataFrame(rows)
+    table.to_csv(options.results_dir / "memory.csv", index=False)
+    return (
+        "## Bytes of the agent's state, counted and seen\n\n"
+        "Counted: all arrays that the agent holds. Seen: how much the peak of the process's memory grew "
+        "while the agent was made from its first layers and learned; temporaries of the update are part of it.\n\n"
+        + markdown(table)
+    )
+
+
+def peak_of_one_agent(width: int, sparsity: float | None) -> None:
+    """Print the counted bytes of an agent and the growth of this process's memory, as JSON."""
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    make_agent("masked" if sparsity is None else "sparse", 8, sparsity and 0.1)  # libraries load what they need
+    before = resident()
+    agent, _ = make_agent("masked" if sparsity is None else "sparse", width, sparsity)
+    Learner(agent).update(3)
+    print(json.dumps({"counted_megabytes": held_bytes(agent) / 1e6, "seen_megabytes": (resident() - before) / 1e6}))
+
+
+def threads(options: Options) -> str:
+    """What a second thread gives to a single run."""
+    os.sched_setaffinity(0, ALLOWED)
+    rows = []
+    for name, engine, sparsity in (("dense TD3 (torch)", "masked", None), ("DS-TD3, sparse engine", "sparse", 0.5)):
+        times = {}
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            learner = Learner(make_agent(engine, sparsity=sparsity, threads=count)[0])
+            learner.update(200)
+            times[count] = np.median([learner.update(300) for _ in range(options.repeats)])
+        rows.append({"implementation": name, "one_thread": times[1], "two_threads": times[2]})
+        rows[-1]["speedup"] = times[1] / times[2]
+    torch.set_num_threads(1)
+    table = pd.DataFrame(rows)
+    table.round(2).to_csv(options.results_dir / "threads.csv", index=False)
+    return "## A second thread, microseconds per update\n\n" + markdown(table)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Report
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """Write a table as Markdown."""
+
+    def shown(value: object) -> str:
+        if not isinstance(value, float):
+            return str(value)
+        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.2f}"
+
+    lines = ["| " + " | ".join(name.replace("_", " ") for name in table) + " |", "| --- " * len(table.columns) + "|"]
+    lines += ["| " + " | ".join(map(shown, row)) + " |" for row in table.itertuples(index=False)]
+    return "\n".join(lines)
+
+
+def machine() -> str:
+    """Describe processor, instruction set, caches and versions."""
+    cpuinfo = Path("/proc/cpuinfo").read_text()
+    fields = dict(line.split(":", 1) for line in cpuinfo.splitlines() if ":" in line)
+    fields = {key.strip(): value.strip() for key, value in fields.items()}
+    vector = [flag for flag in ("avx", "avx2", "fma", "avx512f") if flag in fields.get("flags", "").split()]
+    caches = []
+    for cache in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        level, kind, size = ((cache / name).read_text().strip() for name in ("level", "type", "size"))
+        caches.append(f"L{level} {kind.lower()} {size}")
+    model = f"{fields.get('model name')} (family {fields.get('cpu family')}, model {fields.get('model')})"
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}, numba {sparse_engine.numba.__version__}"
+    return f"{model}, {' '.join(vector)}; {', '.join(caches)}; {os.cpu_count()} cores; {versions}"
+
+
+PARTS = {part.__name__: part for part in (updates, end_to_end, inference, memory, threads)}
+ALLOWED = os.sched_getaffinity(0)
+
+
+def main() -> None:
+    """Run the parts asked for and write their tables."""
+    if sys.argv[1:3] == ["--only", "peak"]:
+        peak_of_one_agent(int(sys.argv[3]), None if sys.argv[4] == "None" else float(sys.argv[4]))
+        return
+    options = tyro.cli(Options)
+    unknown = [name for name in options.only if name not in PARTS]
+    if unknown:
+        sys.exit(f"benchmark.py: error: there is no part {unknown[0]}: choose from {', '.join(PARTS)}")
+    options.results_dir.mkdir(parents=True, exist_ok=True)
+    os.sched_setaffinity(0, {max(ALLOWED) if options.core is None else options.core})
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    report = ["# Seconds and bytes", machine()]
+    report.append(f"One pinned core, batch {BATCH}, HalfCheetah-v4 shapes, medians of {options.repeats} repeats.")
+    for name, part in PARTS.items():
+        if not options.only or name in options.only:
+            print(f"measuring {name} ...", file=sys.stderr, flush=True)
+            report.append(part(options))
+    text = "\n\n".join(report) + "\n"
+    print(text)
+    if not options.only:
+        (options.results_dir / "README.md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()
