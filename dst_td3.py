@@ -18,6 +18,7 @@ import csv
 import dataclasses
 import difflib
 import fcntl
+import hashlib
 import importlib.util
 import io
 import itertools
@@ -45,8 +46,8 @@ import torch
 import tyro
 from tqdm import tqdm
 
-# The paper's lambda for its two sparse layers of 256. Ant-v4 observes 27 numbers where the paper's Ant-v3 had 111, so
-# its first lambda keeps the paper's density of that layer (0.52) instead of its value (40, more than a full layer).
+# The paper's lambda for its two sparse layers of 256. Ant-v4 observes 27 numbers where the paper's Ant-v3 had 111: 40
+# would be more than a full layer, and 12.6 keeps the paper's density of the actor's first layer (0.52).
 PAPER_LAMBDA = {
     "HalfCheetah-v4": (7.0, 64.0),
     "Hopper-v4": (7.0, 64.0),
@@ -127,7 +128,7 @@ class Arguments:
     eval_episodes: int = 10
     """noise-free episodes in an evaluation"""
     checkpoint_interval: int = 10_000
-    """steps between two checkpoints; a stopped run also writes one"""
+    """steps between two checkpoints, at most buffer_size; a stopped run also writes one"""
     engine: Literal["auto", "masked", "sparse"] = "auto"
     """masked multiplies dense matrices by 0/1 masks in torch, sparse computes with the connections alone (sparse
     methods on the CPU); auto takes sparse where it can"""
@@ -171,6 +172,9 @@ def validate(args: Arguments) -> None:
     require(0 < args.learning_rate < math.inf, "learning_rate", "a positive number")
     require(0 < args.tau <= 1, "tau", "above 0 and at most 1")
     require(len(args.hidden) > 0 and min(args.hidden) > 0, "hidden", "one or more positive widths")
+    if args.total_timesteps <= args.learning_starts:
+        learning = f"--learning-starts ({args.learning_starts}), where learning starts"
+        require(False, "total_timesteps", f"more than {learning}")
     if args.sparsity is not None:
         require(0 <= args.sparsity < 1, "sparsity", "at least 0 and below 1")
     if args.er_lambda is not None:
@@ -188,7 +192,8 @@ def validate(args: Arguments) -> None:
 def resolve(args: Arguments) -> Arguments:
     """Return the arguments with every "auto" and every default that depends on another argument filled in.
 
-    Raises InputError for a device or an engine that this machine or this combination of arguments does not have.
+    Raises InputError for a device, an engine or a logger that this machine or this combination of arguments does not
+    have.
     """
     device = args.device
     if device == "auto":
@@ -208,6 +213,9 @@ def resolve(args: Arguments) -> Arguments:
         engine = "masked" if obstacle else "sparse"
     if engine == "sparse" and obstacle:
         raise InputError(obstacle)
+    for asked, flag, package in ((args.tensorboard, "tensorboard", "tensorboard"), (args.track, "track", "wandb")):
+        if asked and importlib.util.find_spec(package) is None:
+            raise InputError(f"--{flag} needs the package {package}: pip install {package}")
     sparsity, er_lambda = args.sparsity, args.er_lambda
     if args.method != "td3" and sparsity is None and er_lambda is None:
         if args.env in PAPER_LAMBDA and args.hidden == (256, 256):
@@ -310,7 +318,8 @@ def drop_and_grow(
 
     Drops the fraction ``drop_fraction`` (eta) of the positive weights and of the negative weights, those nearest to
     zero; among equals the first position goes first. A weight of exactly zero counts as positive. Then grows as many
-    connections, uniformly among the positions that hold none, those just dropped included.
+    connections, uniformly among the positions that hold none, those just dropped included. A full layer has nowhere
+    else to grow and stays as it is.
 
     ``weight`` and ``mask`` are [..., inputs, outputs]. Returns two masks of that shape: the connections that were kept
     and the ones that were grown. Together they are the new topology, of as many connections as the old.
@@ -318,6 +327,8 @@ def drop_and_grow(
     kept, grown = mask.clone(), torch.zeros_like(mask)
     for w, k, g in zip(_networks(weight), _networks(kept), _networks(grown), strict=True):
         connections = k.nonzero().squeeze(-1)
+        if len(connections) == len(k):
+            continue
         for signed in (connections[w[connections] >= 0], connections[w[connections] < 0]):
             weakest_first = w[signed].abs().argsort(stable=True)
             k[signed[weakest_first[: round(drop_fraction * len(signed))]]] = 0
@@ -625,10 +636,10 @@ def make_environment(name: str) -> gymnasium.Env:
     warnings.filterwarnings("ignore", message=".*is out of date.*")
     try:
         env = gymnasium.make(name, disable_env_checker=True)
-    except (gymnasium.error.Error, ImportError, ValueError) as error:
+    except Exception as error:  # an environment's own code can raise anything
         reason = f"no environment {name}"
-        if name in gymnasium.registry:
-            reason = f"environment {name} cannot be made: {str(error).splitlines()[0]}"
+        if name in gymnasium.registry or ":" in name:
+            reason = f"environment {name} cannot be made: {' '.join(str(error).split()) or type(error).__name__}"
         near = [other for other in difflib.get_close_matches(name, gymnasium.registry, n=4) if other != name]
         hint = f"did you mean {' or '.join(near)}?" if near else "see gymnasium.pprint_registry() for the known ones"
         raise InputError(f"{reason}; {hint}") from error
@@ -671,8 +682,10 @@ class ReplayableEnvironment:
         for action in actions:
             self.step(action)
         if not np.array_equal(self.observation, observation):
-            name = self.env.spec.id
-            raise RunError(f"{name} gave other observations for the same actions, so its run cannot be resumed")
+            raise RunError(
+                f"{self.env.spec.id} gave other observations for the same actions, so its run cannot be resumed: all "
+                "its randomness must come from self.np_random"
+            )
 
 
 def evaluate(
@@ -819,6 +832,8 @@ def save_policy(path: Path, actor: list[Layer], bounds: tuple[np.ndarray, np.nda
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """Read a file that np.savez wrote, executing nothing in it. Raises one of UNREADABLE when it is damaged."""
+    if not zipfile.is_zipfile(path):
+        raise ValueError("it is no archive of arrays" if path.exists() else "there is no such file")
     with open(path, "rb") as file, np.load(file, allow_pickle=False) as stored:
         return dict(stored)
 
@@ -874,6 +889,9 @@ class RunDirectory:
     def __init__(self, args: Arguments):
         self.path = args.results_dir / args.env.replace("/", "-") / variant(args) / f"seed{args.seed}"
         values = {k: v for k, v in dataclasses.asdict(args).items() if k not in PRESENTATION}
+        if args.initial_policy is not None and args.initial_policy.exists():
+            # What matters is the policy, wherever its file lies.
+            values["initial_policy"] = hashlib.sha256(args.initial_policy.read_bytes()).hexdigest()
         self.arguments = json.loads(json.dumps(values, default=str))
 
     @contextmanager
@@ -934,7 +952,7 @@ class Run:
         self.args, self.directory = args, directory
         self.rng = np.random.default_rng(args.seed)
         env, self.evaluation_env = make_environment(args.env), make_environment(args.env)
-        self.bounds = (env.action_space.low, env.action_space.high)
+        self.bounds = (env.action_space.low.astype(np.float32), env.action_space.high.astype(np.float32))
         self.sizes, self.dense_sizes = network_sizes(env, args), network_sizes(env, dense(args))
         self.sparsity = 1 - self.sizes.connections / self.dense_sizes.connections
         actor = initial_layers(self.sizes.actor, self.sizes.actor_connections, self.rng)
@@ -959,31 +977,44 @@ class Run:
     def advance(self) -> None:
         """Take one environment step and learn from it.
 
-        Raises RunError, with everything as before the step, when an action, observation or reward is not finite.
+        Raises RunError, with everything as before the step, when the environment fails or when an action, an
+        observation or a reward is not finite.
         """
         started, rng_before = time.perf_counter(), self.rng.bit_generator.state
-        observation, action = self.env.observation, self._explore()
-        step = self.step + 1
-        if not np.isfinite(action).all():
+        observation, actions_before = self.env.observation, len(self.env.actions)
+        try:
+            action = self._explore()
+            reward, terminated, truncated = self._act(action)
+        except RunError:
             self.rng.bit_generator.state = rng_before
-            raise RunError(f"step {step}: the policy's action is not finite (the networks have diverged)")
-        reward, terminated, truncated = self.env.step(action)
-        next_observation = self.env.observation
-        for name, value in (("an observation", next_observation), ("the reward", reward)):
-            if not np.isfinite(value).all():
-                self.rng.bit_generator.state = rng_before
-                self.env.observation = observation
-                self.env.actions.pop()
-                raise RunError(f"step {step}: {self.args.env} returned {name} that is not finite")
-        self.buffer.add(self.step, Batch(observation, action, [reward], next_observation, [terminated]))
-        self.step = step
+            self.env.observation = observation
+            del self.env.actions[actions_before:]
+            raise
+        transition = Batch(observation, action, [reward], self.env.observation, [terminated])
+        self.buffer.add(self.step, transition)
+        self.step += 1
         if terminated or truncated:
             self.env.reset()
-        if step > self.args.learning_starts:
-            batch = self.buffer.sample(step, self.args.batch_size, self.rng)
+        if self.step > self.args.learning_starts:
+            batch = self.buffer.sample(self.step, self.args.batch_size, self.rng)
             noise = self.rng.standard_normal(batch.action.shape, dtype=np.float32)
-            train_step(self.agent, batch, noise, step, self.rng, self.args)
+            train_step(self.agent, batch, noise, self.step, self.rng, self.args)
         self.seconds["training"] += time.perf_counter() - started
+
+    def _act(self, action: np.ndarray) -> tuple[float, bool, bool]:
+        """Return reward, terminated and truncated. Raises RunError as ``advance`` says."""
+        step, name = self.step + 1, self.args.env
+        if not np.isfinite(action).all():
+            raise RunError(f"step {step}: the policy's action is not finite (the networks have diverged)")
+        try:
+            reward, terminated, truncated = self.env.step(action)
+        except Exception as error:  # an environment's own code can raise anything
+            raise RunError(f"step {step}: {name} failed with {type(error).__name__}: {error}") from error
+        if not np.isfinite(self.env.observation).all():
+            raise RunError(f"step {step}: {name} returned an observation that is not finite")
+        if not math.isfinite(reward):
+            raise RunError(f"step {step}: {name} returned a reward that is not finite")
+        return reward, terminated, truncated
 
     def _explore(self) -> np.ndarray:
         """Return a uniform random action (or the initial policy's) at first, then the policy's with noise."""
@@ -1149,19 +1180,13 @@ class StopSignals:
 
 
 class Progress:
-    """Shows how a run goes, as a bar on a terminal and else as a line at each evaluation, and logs it where asked.
-
-    Raises InputError when TensorBoard or Weights & Biases are asked for and missing.
-    """
+    """Shows how a run goes, as a bar on a terminal and else as a line at each evaluation, and logs it where asked."""
 
     def __init__(self, run: Run):
         args, directory = run.args, run.directory
         self.total, self.sparsity = args.total_timesteps, run.sparsity
         self.loggers: list[Callable[[int, dict[str, float]], None]] = []
         self.closing = ExitStack()
-        for asked, flag, package in ((args.tensorboard, "tensorboard", "tensorboard"), (args.track, "track", "wandb")):
-            if asked and importlib.util.find_spec(package) is None:
-                raise InputError(f"--{flag} needs the package {package}: pip install {package}")
         if args.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -1175,13 +1200,13 @@ class Progress:
             tracked = wandb.init(project="dst-td3", name=name, id=name, resume="allow", config=config)
             self.closing.callback(tracked.finish)
             self.loggers.append(lambda step, scalars: tracked.log(scalars, step=step))
-        title = f"{args.env} {variant(args)} seed {args.seed}"
+        self.learning_starts = args.learning_starts
         self.bar, self.shown_step, self.shown_at = None, run.step, time.perf_counter()
+        print(f"{args.env} {variant(args)} seed {args.seed}: step {run.step:,} of {self.total:,}", flush=True)
         if sys.stderr.isatty():
-            bar = tqdm(total=self.total, initial=run.step, desc=title, unit=" steps", dynamic_ncols=True, smoothing=0.1)
+            layout = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {rate_fmt} {remaining} left{postfix}"
+            bar = tqdm(total=self.total, initial=run.step, unit=" steps", unit_scale=True, bar_format=layout)
             self.bar = self.closing.enter_context(bar)
-        else:
-            print(f"{title}: step {run.step:,} of {self.total:,}", flush=True)
 
     def advanced(self) -> None:
         """Count one step."""
@@ -1194,11 +1219,12 @@ class Progress:
         for log in self.loggers:
             log(step, {**row, **{name: float(value) for name, value in losses.items()}})
         if self.bar is not None:
-            self.bar.set_postfix_str(f"return {mean:.1f}, sparsity {self.sparsity:.2f}")
+            self.bar.set_postfix_str(f"return {mean:.0f}, sparsity {self.sparsity:.2f}")
             return
         now = time.perf_counter()
         speed = (step - self.shown_step) / (now - self.shown_at)
-        left = timedelta(seconds=round((self.total - step) / speed)) if speed else "unknown"
+        # Before it learns, a run is many times faster than it will be.
+        left = timedelta(seconds=round((self.total - step) / speed)) if step > self.learning_starts else "unknown"
         print(
             f"step {step:>9,}  return {mean:9.1f} +- {std:7.1f}  sparsity {self.sparsity:.2f}  {speed:6.0f} steps/s  "
             f"time left {left}",
@@ -1213,7 +1239,11 @@ def advance_to_the_end(run: Run, progress: Progress, signals: StopSignals) -> No
     if run.step == 0 and not run.tables["evaluations"]:
         progress.evaluated(run.evaluate(), run.agent.losses)
     while run.step < args.total_timesteps and signals.received is None:
-        run.advance()
+        try:
+            run.advance()
+        except RunError:
+            run.save()
+            raise
         progress.advanced()
         if run.step % args.eval_interval == 0 or run.step == args.total_timesteps:
             progress.evaluated(run.evaluate(), run.agent.losses)
@@ -1244,9 +1274,6 @@ def train(args: Arguments) -> int:
         try:
             with progress.closing:
                 advance_to_the_end(run, progress, signals)
-        except RunError:
-            run.save()
-            raise
         except OSError as error:
             raise RunError(
                 f"cannot write to {directory.path}: {error.strerror}; what was there before is whole, and the same "
@@ -1273,6 +1300,8 @@ def main() -> int:
     except (InputError, RunError) as error:
         print(f"dst_td3.py: error: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
+    except KeyboardInterrupt:  # before training has begun
+        return 128 + signal.SIGINT
 
 
 if __name__ == "__main__":

@@ -129,14 +129,15 @@ def test_only_the_smallest_of_each_sign_drop_and_as_many_grow(shape, density, fr
     for w, m, k in zip(per_network(weight), per_network(mask), per_network(kept), strict=True):
         for side in ((w >= 0) & (m == 1), (w < 0) & (m == 1)):
             dropped, stayed = w[side & (k == 0)].abs(), w[side & (k == 1)].abs()
-            assert len(dropped) == round(fraction * int(side.sum()))
+            full = connections == m.numel()
+            assert len(dropped) == (0 if full else round(fraction * int(side.sum())))
             assert not len(dropped) or not len(stayed) or dropped.max() <= stayed.min()
 
 
 def test_equal_weights_drop_in_order_of_position():
-    weight = torch.tensor([[0.5, -0.5, 0.5, -0.5, 0.5, 0.5, -0.5, -0.5]])
-    kept, _ = drop_and_grow(weight, torch.ones_like(weight), 0.5, np.random.default_rng(0))
-    assert kept.tolist() == [[0, 0, 0, 0, 1, 1, 1, 1]]
+    weight = torch.tensor([[0.5, -0.5, 0.5, -0.5, 0.5, 0.5, -0.5, -0.5, 0.0]])
+    kept, _ = drop_and_grow(weight, (weight != 0).float(), 0.5, np.random.default_rng(0))
+    assert kept.tolist() == [[0, 0, 0, 0, 1, 1, 1, 1, 0]]
 
 
 def test_growth_is_uniform_over_the_positions_without_connection():

@@ -219,6 +219,8 @@ class Broken(gymnasium.Env):
     action_space = gymnasium.spaces.Box(-1, 1, (1,))
 
     def __init__(self, broken: str = "reward", observation_space=None, action_space=None):
+        if broken == "start":
+            raise KeyError("a file is missing")
         self.broken = broken
         self.observation_space = observation_space or self.observation_space
         self.action_space = action_space or self.action_space
@@ -230,6 +232,8 @@ class Broken(gymnasium.Env):
 
     def step(self, action):
         self.steps += 1
+        if self.broken == "step" and self.steps == 5:
+            raise RuntimeError("the simulator has crashed")
         bad = np.nan if self.steps == 5 else 0.0
         observation = np.array([bad if self.broken == "observation" else 1.0, 1.0], dtype=np.float32)
         return observation, bad if self.broken == "reward" else 1.0, self.steps == 8, False, {}
@@ -239,6 +243,9 @@ Box, Discrete, Dict = gymnasium.spaces.Box, gymnasium.spaces.Discrete, gymnasium
 for name, options in {
     "BrokenReward-v0": {"broken": "reward"},
     "BrokenObservation-v0": {"broken": "observation"},
+    "BrokenStep-v0": {"broken": "step"},
+    "FailsToStart-v0": {"broken": "start"},
+    "DoubleActions-v0": {"broken": "nothing", "action_space": Box(-1, 1, (1,), np.float64)},
     "UnboundedActions-v0": {"action_space": Box(-np.inf, np.inf, (1,))},
     "DiscreteActions-v0": {"action_space": Discrete(3)},
     "DictionaryObservations-v0": {"observation_space": Dict({"position": Box(-1, 1, (2,))})},
@@ -271,6 +278,9 @@ for name, options in {
         ("--engine sparse --dense-moments", "--dense-moments needs --engine masked"),
         ("--batch-size 0", "--batch-size must be a positive whole number, not 0"),
         ("--total-timesteps -5", "--total-timesteps must be"),
+        ("--total-timesteps 25000", "--total-timesteps must be more than --learning-starts (25000)"),
+        ("--env no_such_module:Env-v0", "no_such_module"),
+        ("--env FailsToStart-v0", "cannot be made: 'a file is missing'"),
         ("--buffer-size 0", "--buffer-size must be"),
         ("--buffer-size 10000000000000 --total-timesteps 10000000000000", "--buffer-size"),
         ("--hidden 0", "--hidden must be"),
@@ -303,20 +313,35 @@ def test_a_missing_gpu_is_said(command_line, monkeypatch):
     assert code == 2 and "there is none" in error
 
 
-@pytest.mark.parametrize("what", ["reward", "observation"])
-def test_values_that_are_not_finite_stop_the_run_after_a_checkpoint(command_line, tmp_path, what):
-    arguments = ["--env", f"Broken{what.title()}-v0", "--eval-interval", 1000, "--eval-episodes", 1]
-    # An evaluation would meet the same value; what matters here is that training stops, and where.
+@pytest.mark.parametrize(
+    ("what", "cause"),
+    [
+        ("Reward", "a reward that is not finite"),
+        ("Observation", "an observation that is not finite"),
+        ("Step", "failed with RuntimeError: the simulator has crashed"),
+    ],
+)
+def test_a_failing_environment_stops_the_run_after_a_checkpoint(command_line, tmp_path, monkeypatch, what, cause):
+    monkeypatch.setattr(dst_td3, "evaluate", lambda *_: ([0.0], [1]))  # it would meet the failure before training does
     for _ in range(2):
-        code, _, error = command_line(*arguments, "--results-dir", tmp_path)
-        assert code == 1 and "step 5" in error and what in error and error.count("\n") == 1
+        code, _, error = command_line("--env", f"Broken{what}-v0", "--results-dir", tmp_path)
+        assert code == 1 and f"step 5: Broken{what}-v0" in error and cause in error and error.count("\n") == 1
     with np.load(run_directory(tmp_path) / "checkpoint.npz") as stored:
         assert json.loads(str(stored["state"]))["step"] == 4
 
 
+@pytest.mark.parametrize("engine", ["masked", "sparse"])
+def test_actions_of_double_precision_are_no_obstacle(command_line, tmp_path, engine):
+    arguments = ["--env", "DoubleActions-v0", "--total-timesteps", 60, "--learning-starts", 20, "--engine", engine]
+    code, _, error = command_line(*arguments, "--eval-episodes", 1, "--results-dir", tmp_path)
+    assert code == 0, error
+
+
 def test_a_diverged_policy_stops_the_run(tmp_path):
     args = dst_td3.resolve(
-        dst_td3.Arguments(env="Hopper-v4", learning_starts=2, results_dir=tmp_path, hidden=(8, 8), device="cpu")
+        dst_td3.Arguments(
+            env="Hopper-v4", learning_starts=2, results_dir=tmp_path, hidden=(8, 8), device="cpu", engine="masked"
+        )
     )
     run = dst_td3.Run(args, dst_td3.RunDirectory(args))
     run.advance()
