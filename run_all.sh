@@ -317,10 +317,20 @@ done
 # Speed measurements, figures and tables
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Seconds mean something only once no run takes cores away.
-if [[ -d benchmarks && -z $quick && ${#only[@]} == 0 ]] && ! compgen -G "$results/benchmarks/*.csv" >/dev/null; then
-  echo "measuring speed and memory: make benchmark"
-  make benchmark >"$logs/benchmark.log" 2>&1 || failures+=(benchmark)
+# Seconds mean something only once no run takes cores away. Other libraries are compared where `make benchmark` has set
+# up their environment.
+peers=.venv-peers/bin/python
+benchmark=(python benchmarks/benchmark.py --results-dir "$results/benchmarks")
+last_file=README.md
+if [[ -n $quick ]]; then
+  benchmark+=(--only updates --repeats 1)
+  last_file=updates.csv
+elif [[ -x $peers ]]; then
+  benchmark+=(--peers "$peers")
+fi
+if [[ -d benchmarks && ${#only[@]} == 0 && ! -f $results/benchmarks/$last_file ]]; then
+  echo "measuring speed and memory: ${benchmark[*]}"
+  "${benchmark[@]}" >"$logs/benchmark.log" 2>&1 || failures+=(benchmark)
 fi
 
 echo "executing analysis.ipynb: $results/analysis.ipynb, $results/figures and $results/tables"

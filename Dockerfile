@@ -1,0 +1,26 @@
+# docker build --tag dst-td3 . && docker run --volume "$PWD/results:/results" dst-td3 --quick
+FROM debian:bookworm-slim
+
+# Each run notes the commit that made it, hence git.
+RUN apt-get update && apt-get install --yes --no-install-recommends git make python3 python3-venv \
+    && rm -rf /var/lib/apt/lists/*
+
+# Installed before the code is copied, so that a change of code rebuilds in seconds.
+ENV VIRTUAL_ENV=/opt/venv PATH=/opt/venv/bin:$PATH
+COPY requirements.txt /tmp/
+RUN python3 -m venv /opt/venv && pip install --no-cache-dir --disable-pip-version-check -r /tmp/requirements.txt
+
+# Results go where /results is mounted. It is open to all, so that `docker run --user "$(id -u)"` can leave them to
+# their owner.
+ENV HOME=/home/user
+RUN useradd --no-create-home user && install --directory --mode=777 /home/user /results
+
+WORKDIR /dst-td3
+COPY . .
+# The committed results stay outside the image, which is no change of the code.
+RUN ln -s /results results && git config --system --add safe.directory /dst-td3 \
+    && if [ -d .git ]; then git ls-files -z results | git update-index -z --skip-worktree --stdin; fi
+USER user
+
+# Options are for run_all.sh; anything else is a command: docker run dst-td3 python dst_td3.py --env Hopper-v4
+ENTRYPOINT ["bash", "-c", "if [[ -z $1 || $1 == -* ]]; then set -- ./run_all.sh \"$@\"; fi; exec \"$@\"", "bash"]

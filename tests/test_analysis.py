@@ -1,0 +1,285 @@
+"""analysis.ipynb on empty, partial and whole results, its tables recomputed here from the files alone."""
+
+import csv
+import json
+import math
+import os
+import random
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import dst_td3
+
+NOTEBOOK = Path(dst_td3.__file__).parent / "analysis.ipynb"
+ENVIRONMENTS = ("HalfCheetah-v4", "Walker2d-v4", "Hopper-v4", "Ant-v4", "Humanoid-v4")
+METHODS = {"td3": "TD3", "static-td3": "Static-TD3", "ds-td3": "DS-TD3"}
+FIGURES = (
+    *("fig1_learning_curves", "fig2_adapt_interval", "fig3_sparsity", "fig4_initial_policy"),
+    *("wall_clock", "seconds_and_bytes", "topology_alive", "topology_inputs"),
+)
+
+
+def execute(results: Path) -> dict[str, list[dict[str, str]]]:
+    """Execute the notebook on a results folder; return its tables, row by row, by name."""
+    results.mkdir(exist_ok=True)
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+    done = subprocess.run(
+        ["jupyter", "execute", str(NOTEBOOK), f"--output={results / 'analysis'}"],
+        env={**os.environ, "PATH": path, "RESULTS_DIR": str(results)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    outputs = [
+        o for cell in json.loads((results / "analysis.ipynb").read_text())["cells"] for o in cell.get("outputs", [])
+    ]
+    assert all(output["output_type"] == "display_data" for output in outputs), "warnings or stray output"
+    for name in FIGURES:
+        for suffix in ("png", "pdf"):
+            assert (results / "figures" / f"{name}.{suffix}").stat().st_size > 1000
+    return {path.stem: read_table(path) for path in (results / "tables").glob("*.md")}
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    lines = [line for line in path.read_text().splitlines() if line.startswith("|")]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return [dict(zip(cells[0], row, strict=True)) for row in cells[2:]]
+
+
+def written_files(results: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for kind in ("figures", "tables") for path in (results / kind).iterdir()}
+
+
+def write_run(
+    results: Path,
+    env: str,
+    variant: str,
+    seed: int,
+    returns: list[float],
+    total: int = 1_000_000,
+    interval: int = 5000,
+    finished: bool = True,
+) -> Path:
+    """Write a run by hand: ``returns`` are its evaluations, the first at step 0."""
+    folder = results / env / variant / f"seed{seed}"
+    folder.mkdir(parents=True)
+    method, steps = variant.split("_")[0], [interval * index for index in range(len(returns))]
+    arguments = {"env": env, "method": method, "seed": seed, "total_timesteps": total, "learning_starts": 25_000}
+    arguments |= {"eval_interval": interval, "eval_episodes": 10, "engine": "masked"}
+    versions = {"python": "3.11.2", "torch": "2.13.0", "gymnasium": "1.4.0", "mujoco": "3.3.7"}
+    config = {"arguments": arguments, "versions": versions, "commit": "0" * 40, "machine": {"processor": "a processor"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    tables = {
+        "evaluations": [{"step": s, "return_mean": r, "return_std": 1.0} for s, r in zip(steps, returns, strict=True)],
+        "timing": [{"step": s, "training_seconds": s / 500, "evaluation_seconds": s / 9000} for s in steps],
+    }
+    if method == "ds-td3":
+        tables["topology"] = [
+            {
+                "step": step,
+                "network": network,
+                "layer": layer,
+                "initial_connections_alive": 1 - step / total / 2,
+                "connections_per_input": "3 1 2" if layer == 1 else "",
+            }
+            for step in steps
+            for network in ("actor", "critic")
+            for layer in (1, 2)
+        ]
+    for name, rows in tables.items():
+        with open(folder / f"{name}.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    if finished:
+        dense = 214_784
+        connections = dense if method == "td3" else 105_250
+        summary = {"connections": connections, "sparsity": 1 - connections / dense, "steps": total}
+        summary |= {
+            "training_flops": connections * 5e8 * total / 1e6,
+            "training_flops_of_dense": dense * 5e8 * total / 1e6,
+        }
+        summary |= {"training_seconds": total / 500, "evaluation_seconds": 100.0, "peak_memory_bytes": 600_000_000}
+        (folder / "summary.json").write_text(json.dumps(summary))
+    return folder
+
+
+def learning(rng: random.Random, final: float, speed: float, evaluations: int = 201) -> list[float]:
+    """Make up a noisy learning curve."""
+    curve = (1 - math.exp(-speed * index / evaluations) for index in range(evaluations))
+    return [final * (value + rng.gauss(0, 0.03)) for value in curve]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Write the paper's whole grid by hand and execute the notebook on it; return the tables and the returns."""
+    results, rng, written = tmp_path_factory.mktemp("whole"), random.Random(0), {}
+    for env in ENVIRONMENTS:
+        for method, final, speed in (("td3", 3000, 3), ("static-td3", 2500, 3), ("ds-td3", 4000, 5)):
+            for seed in range(5):
+                written[env, method, seed] = learning(rng, final * (0.9 + 0.05 * seed), speed)
+                write_run(results, env, method, seed, written[env, method, seed])
+    others = [f"ds-td3_adapt-interval={e}" for e in (200, 500, 2000)]
+    others += [f"ds-td3_sparsity={s}" for s in (0.25, 0.5, 0.8)]
+    others += [f"{m}_initial-policy=policy-{step}" for m in ("td3", "ds-td3") for step in (500_000, 700_000)]
+    for variant in others:
+        for seed in range(5):
+            write_run(results, "HalfCheetah-v4", variant, seed, learning(rng, 3000, 4))
+    (results / "benchmarks").mkdir()
+    (results / "benchmarks" / "updates.csv").write_text(
+        "implementation,width,sparsity,microseconds,state_bytes\n"
+        "torch dense,256,0.0,2400,6e6\nsparse engine,256,0.5,1700,5e6\nsparse engine,256,0.9,430,1e6\n"
+    )
+    return execute(results), written
+
+
+def row_of(table: list[dict[str, str]], **cells: str) -> dict[str, str]:
+    (row,) = [row for row in table if all(row[name] == value for name, value in cells.items())]
+    return row
+
+
+def pair(values: list[float], digits: int) -> str:
+    return f"{statistics.mean(values):,.{digits}f} ± {statistics.stdev(values):,.{digits}f}"
+
+
+def test_tables_hold_what_the_runs_say(whole):
+    tables, written = whole
+    for env in ENVIRONMENTS:
+        for method, name in METHODS.items():
+            seeds = [written[env, method, seed] for seed in range(5)]
+            lca = row_of(tables["table1_lca"], environment=env, method=name)
+            assert lca["ours"] == pair([sum(returns) / 1e6 for returns in seeds], 4)
+            final = row_of(tables["table2_return"], environment=env, method=name)
+            assert final["ours"] == pair([statistics.mean(returns[-10:]) for returns in seeds], 1)
+            for row in (lca, final):
+                assert (row["seeds"], row["steps"], row["remark"]) == ("5", "1,000,000", "")
+
+
+def test_tables_hold_the_papers_numbers_and_mark_what_is_only_the_papers(whole):
+    tables, _ = whole
+    for env, method, lca, final in (
+        ("HalfCheetah-v4", "DS-TD3", "1.9560", "11,459.9 ± 482.6"),
+        ("Walker2d-v4", "Static-TD3", "0.5167", "3,951.0 ± 443.8"),
+        ("Hopper-v4", "TD3", "0.4788", "2,184.8 ± 1,224.1"),
+        ("Ant-v4", "SAC", "0.7969", "5,848.6 ± 385.9"),
+        ("Humanoid-v4", "SAC", "0.5639", "5,518.6 ± 97.0"),
+    ):
+        assert row_of(tables["table1_lca"], environment=env, method=method)["paper"] == lca
+        assert row_of(tables["table2_return"], environment=env, method=method)["paper"] == final
+    for table in ("table1_lca", "table2_return"):
+        sac = [row for row in tables[table] if row["method"] == "SAC"]
+        assert len(sac) == 5
+        assert all(row["ours"] == "-" and row["remark"] == "the paper's number; not run here" for row in sac)
+
+
+def test_compute_table_counts_as_the_paper_does(whole):
+    row = row_of(whole[0]["compute"], environment="HalfCheetah-v4", method="DS-TD3")
+    assert (row["connections"], row["sparsity"], row["of dense"]) == ("105,250", "0.51", "0.49")
+    dense = row_of(whole[0]["compute"], environment="HalfCheetah-v4", method="TD3")
+    assert dense["FLOPs of 1e6 steps"] == "1.07e+14" and dense["ms per step"] == "2.00"
+
+
+def test_steps_to_reach_dense_td3s_final_return(whole):
+    tables, written = whole
+    for env in ENVIRONMENTS:
+        target = statistics.mean(statistics.mean(written[env, "td3", seed][-10:]) for seed in range(5))
+        mean = [statistics.mean(values) for values in zip(*(written[env, "ds-td3", s] for s in range(5)), strict=True)]
+        step = next(5000 * i for i in range(len(mean)) if statistics.mean(mean[max(0, i - 9) : i + 1]) >= target)
+        row = row_of(tables["steps_to_dense"], environment=env, method="DS-TD3")
+        assert row["reached at step"] == f"{step:,}"
+        assert row["fewer steps than TD3's whole run"] == f"{1 - step / 1e6:.0%}"
+        never = row_of(tables["steps_to_dense"], environment=env, method="Static-TD3")
+        assert never["reached at step"] == "not reached"
+
+
+def test_aggregates_over_environments(whole):
+    tables, written = whole
+    final = {key: statistics.mean(returns[-10:]) for key, returns in written.items()}
+    dense = {env: statistics.mean(final[env, "td3", seed] for seed in range(5)) for env in ENVIRONMENTS}
+    for method, name in METHODS.items():
+        row = row_of(tables["aggregate"], method=name)
+        scores = sorted(final[env, method, seed] / dense[env] for env in ENVIRONMENTS for seed in range(5))
+        shown, low, high = (
+            float(x)
+            for x in row["interquartile mean (TD3 = 1 in each environment)"]
+            .translate(str.maketrans("[],", "   "))
+            .split()
+        )
+        # Of 25 scores a quarter is 6.25; the whole six lowest and highest are left out.
+        assert shown == pytest.approx(statistics.mean(scores[6:-6]), abs=0.005)
+        assert low <= shown <= high and high - low < 0.2
+        for other, other_name in METHODS.items():
+            if other != method:
+                wins = [
+                    final[env, method, x] > final[env, other, y]
+                    for env in ENVIRONMENTS
+                    for x in range(5)
+                    for y in range(5)
+                ]
+                expected = f"P({name} > {other_name}) = {statistics.mean(wins):.2f} ["
+                assert expected in row["probability of improvement"]
+
+
+def test_whole_results_leave_no_remark(whole):
+    coverage = whole[0]["coverage"]
+    assert len(coverage) == 15 + 3 + 3 + 4
+    assert {(row["seeds"], row["steps"], row["remark"]) for row in coverage} == {("5", "1,000,000", "")}
+    assert "unfinished" not in whole[0]
+
+
+def test_nothing_at_all(tmp_path):
+    tables = execute(tmp_path / "none")
+    assert {row["remark"] for row in tables["coverage"]} == {"**missing**"}
+    ours = [row for row in tables["table2_return"] if row["method"] != "SAC"]
+    assert len(ours) == 15 and all(row["ours"] == "-" and row["remark"] == "**missing**" for row in ours)
+    assert tables["aggregate"] == tables["steps_to_dense"] == tables["compute"] == tables["provenance"] == []
+
+
+def test_partial_results_are_used_and_named(tmp_path):
+    rng = random.Random(1)
+    one = learning(rng, 3000, 3)
+    write_run(tmp_path, "Hopper-v4", "td3", 0, one)
+    # Of two lengths the longer counts.
+    write_run(tmp_path, "Hopper-v4", "td3_total-timesteps=100000", 1, learning(rng, 9000, 3, 21), total=100_000)
+    short = [learning(rng, 1000, 3, 21) for _ in range(2)]
+    for seed, returns in enumerate(short):
+        write_run(tmp_path, "Hopper-v4", "ds-td3_total-timesteps=100000", seed, returns, total=100_000)
+    # One that is still being made, one that has only begun, and some that are damaged.
+    write_run(tmp_path, "Ant-v4", "td3", 0, learning(rng, 1000, 3, 50), finished=False)
+    (write_run(tmp_path, "Ant-v4", "td3", 1, [0.0], finished=False) / "evaluations.csv").unlink()
+    (write_run(tmp_path, "Ant-v4", "td3", 2, one) / "config.json").write_text("{")
+    (write_run(tmp_path, "Ant-v4", "td3", 3, one) / "evaluations.csv").write_text("")
+    (write_run(tmp_path, "Ant-v4", "td3", 4, one) / "summary.json").write_text("{}")
+    # What is no part of the paper stays out of its figures.
+    write_run(tmp_path, "Ant-v4", "ds-td3_dense-moments=True", 0, one)
+    write_run(tmp_path / "quick", "Walker2d-v4", "td3", 0, one)
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "updates.csv").write_text("other,columns\n1,2\n")
+
+    tables = execute(tmp_path)
+    dense = row_of(tables["table2_return"], environment="Hopper-v4", method="TD3")
+    assert dense["ours"] == f"{statistics.mean(one[-10:]):,.1f}"
+    assert (dense["seeds"], dense["steps"], dense["remark"]) == ("1", "1,000,000", "4 of 5 seeds missing")
+    sparse = row_of(tables["table1_lca"], environment="Hopper-v4", method="DS-TD3")
+    assert sparse["ours"] == pair([sum(returns) / 100_000 for returns in short], 4)
+    assert (sparse["seeds"], sparse["steps"]) == ("2", "100,000")
+    assert sparse["remark"] == "**shorter than the paper's run**; 3 of 5 seeds missing"
+    for env, method in (("Ant-v4", "TD3"), ("Ant-v4", "DS-TD3"), ("Walker2d-v4", "TD3")):
+        assert row_of(tables["table2_return"], environment=env, method=method)["remark"] == "**missing**"
+    assert [(row["seed"], row["evaluated up to step"]) for row in tables["unfinished"]] == [
+        ("0", "245,000 of 1,000,000"),
+        ("1", "-"),
+    ]
+    text = (tmp_path / "analysis.ipynb").read_text()
+    for seed in (2, 3, 4):
+        assert f"{tmp_path}/Ant-v4/td3/seed{seed}` (" in text
+    assert "lacks the columns implementation" in text
+
+    # The same results give the same files, so that committing them shows what changed.
+    before = written_files(tmp_path)
+    execute(tmp_path)
+    assert written_files(tmp_path) == before

@@ -1,0 +1,320 @@
+"""run_all.sh: the grid, the quick pipeline stopped, failing and resumed, and Slurm."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import dst_td3
+
+REPOSITORY = Path(dst_td3.__file__).parent
+SCRIPT = REPOSITORY / "run_all.sh"
+FIGURES = (
+    *("fig1_learning_curves", "fig2_adapt_interval", "fig3_sparsity", "fig4_initial_policy"),
+    *("wall_clock", "seconds_and_bytes", "topology_alive", "topology_inputs"),
+)
+TABLES = ("coverage", "table1_lca", "table2_return", "compute", "steps_to_dense", "aggregate", "provenance")
+
+
+def environment(*folders: Path) -> dict[str, str]:
+    """Return an environment in which commands come from ``folders``, then from beside this interpreter."""
+    path = os.pathsep.join(map(str, (*folders, Path(sys.executable).parent, os.environ["PATH"])))
+    return {**os.environ, "PATH": path, "VIRTUAL_ENV": sys.prefix}
+
+
+def start(*arguments: object, **options) -> subprocess.Popen:
+    command = [str(SCRIPT), *map(str, arguments)]
+    options = {"env": environment(), "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
+    return subprocess.Popen(command, **options)
+
+
+def run_all(*arguments: object, **options) -> tuple[int, str, str]:
+    process = start(*arguments, **options)
+    out, err = process.communicate(timeout=900)
+    return process.returncode, out, err
+
+
+def commands(*arguments: object) -> list[dst_td3.Arguments]:
+    """Return the list as dst_td3.py understands it, which also checks every option of every line."""
+    code, out, _ = run_all("--list", *arguments)
+    assert code == 0
+    lines = [line.split() for line in out.splitlines()]
+    assert all(line[:2] == ["python", "dst_td3.py"] for line in lines)
+    return [dst_td3.resolve(dst_td3.tyro.cli(dst_td3.Arguments, args=line[2:])) for line in lines]
+
+
+def directory(args: dst_td3.Arguments) -> Path:
+    return args.results_dir / args.env / dst_td3.variant(args) / f"seed{args.seed}"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The script and its list
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_is_valid_bash():
+    assert subprocess.run(["bash", "-n", SCRIPT]).returncode == 0
+
+
+def test_shellcheck_has_nothing_to_say():
+    shellcheck = shutil.which("shellcheck", path=environment()["PATH"])
+    if shellcheck is None:
+        pytest.skip("shellcheck is not installed")
+    checked = subprocess.run([shellcheck, SCRIPT], capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout
+
+
+def test_list_covers_the_papers_grid_once():
+    listed = commands()
+    cheetah, papers = "HalfCheetah-v4", dst_td3.PAPER_LAMBDA
+    expected = {(env, method, "") for env in papers for method in ("td3", "static-td3", "ds-td3")}
+    expected |= {(cheetah, "ds-td3", f"_adapt-interval={e}") for e in (200, 500, 2000)}
+    expected |= {(cheetah, "ds-td3", f"_sparsity={s}") for s in (0.25, 0.5, 0.8)}
+    for method in ("td3", "ds-td3"):
+        expected |= {(cheetah, method, f"_initial-policy=policy-{step}") for step in (500_000, 700_000)}
+    found = [(a.env, a.method, dst_td3.variant(a).removeprefix(a.method), a.seed) for a in listed]
+    assert sorted(found) == sorted((*setting, seed) for setting in expected for seed in range(5))
+    assert all(a.total_timesteps == 1_000_000 and a.threads == 1 for a in listed)
+    # Every setting has one seed before any has two.
+    assert [a.seed for a in listed] == sorted(a.seed for a in listed)
+    # Figure 4's policies come from runs further up, which keep them.
+    for place, args in enumerate(listed):
+        if args.initial_policy is not None:
+            (source,) = [a for a in listed[:place] if directory(a) == args.initial_policy.parent]
+            assert int(args.initial_policy.stem.split("-")[1]) in source.snapshot_at
+            assert (source.env, source.method, source.seed) == (args.env, args.method, args.seed)
+
+
+@pytest.mark.parametrize(
+    ("only", "count"),
+    [
+        (["fig1"], 15),
+        (["tables"], 15),
+        (["fig2"], 5),
+        (["fig3"], 4),
+        (["fig4"], 6),
+        (["Hopper-v4"], 3),
+        (["static-td3"], 5),
+        (["fig1", "Hopper-v4"], 3),
+        (["fig4", "td3"], 3),
+    ],
+)
+def test_only_narrows_to_what_a_figure_needs(only, count):
+    options = [word for name in only for word in ("--only", name)]
+    listed = commands("--seeds", 2, *options)
+    assert len(listed) == 2 * count
+    made = {directory(a) for a in listed}
+    assert all(a.initial_policy is None or a.initial_policy.parent in made for a in listed)
+
+
+def test_shorter_runs_scale_what_figure_4_begins_with():
+    listed = commands("--only", "fig4", "--seeds", 1, "--steps", 300_000)
+    assert {a.total_timesteps for a in listed} == {300_000}
+    assert {a.initial_policy.stem for a in listed if a.initial_policy} == {"policy-150000", "policy-210000"}
+    assert {a.snapshot_at for a in listed if not a.initial_policy} == {(150_000, 210_000)}
+
+
+def test_quick_results_stay_apart():
+    assert {a.results_dir for a in commands("--quick", "--results-dir", "somewhere")} == {Path("somewhere/quick")}
+
+
+def test_list_estimates_the_time_from_finished_runs(tmp_path):
+    _, _, unknown = run_all("--list", "--results-dir", tmp_path)
+    assert "125 runs of 1000000 steps, 125 of them not finished" in unknown and "unknown" in unknown
+    run = tmp_path / "Hopper-v4" / "td3" / "seed0"
+    run.mkdir(parents=True)
+    summary = {"steps": 1_000_000, "training_seconds": 3000.0, "evaluation_seconds": 600.0}
+    (run / "summary.json").write_text(json.dumps(summary, indent=2))
+    _, _, estimate = run_all("--list", "--results-dir", tmp_path)
+    assert "124 of them not finished" in estimate
+    assert "about 125.0 core-hours for all, 124.0 for the missing ones (278 steps/s" in estimate
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--only", "fig9"], "no run is of fig9"),
+        (["--only", "Ant-v4", "--only", "fig2"], "no run is of Ant-v4 fig2"),
+        (["--seeds", "0"], "--seeds must be a positive whole number, not 0"),
+        (["--steps", "1e6"], "--steps must be a positive whole number, not 1e6"),
+        (["--steps", "25000"], "--steps must be at least 25001"),
+        (["--jobs", "many"], "--jobs must be a positive whole number"),
+        (["--jobs"], "--jobs needs a value"),
+        (["--results-dir", "my results"], "--results-dir must be a path without spaces"),
+        (["--results-dir", "/proc/nowhere"], "cannot write to /proc/nowhere"),
+        (["--line", "126"], "--line must be at most 125"),
+        (["--fast"], "there is no option --fast"),
+        (["fig1"], "there is no option fig1"),
+    ],
+)
+def test_bad_input_gets_one_line_and_exit_code_2(arguments, said):
+    code, out, err = run_all(*arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("run_all.sh: error: ") and err.count("\n") == 1 and said in err
+
+
+def test_line_runs_one_line_of_the_list(tmp_path):
+    options = ("--quick", "--steps", 20, "--only", "Hopper-v4", "--results-dir", tmp_path)
+    code, out, err = run_all(*options, "--line", 2)
+    assert code == 0, err
+    (summary,) = tmp_path.rglob("summary.json")
+    assert summary.parent == directory(commands(*options)[1])
+    assert out.startswith("python dst_td3.py --env Hopper-v4 --method td3")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The pipeline
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def made_at(results: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in results.rglob("summary.json")}
+
+
+def test_quick_pipeline_stopped_then_failing_then_whole(tmp_path):
+    """One pass through the whole grid, from an empty folder to every figure, with everything that can come between."""
+    options = ("--quick", "--seeds", 1, "--steps", 40, "--jobs", 2, "--results-dir", tmp_path)
+    listed = commands(*options)
+    # Measuring speed takes a minute of its own; what is there already is not measured again.
+    (tmp_path / "quick" / "benchmarks").mkdir(parents=True)
+    (tmp_path / "quick" / "benchmarks" / "updates.csv").write_text(
+        "implementation,width,sparsity,microseconds,state_bytes\nsparse engine,256,0.5,1700,5e6\n"
+    )
+
+    # Stopped in the middle, it leaves nothing running and says how to go on.
+    process = start(*options)
+    while len(made_at(tmp_path)) < 2 and process.poll() is None:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert f"to go on: ./run_all.sh {' '.join(map(str, options))}" in out
+    assert str(tmp_path) not in subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+    before = made_at(tmp_path)
+    assert 2 <= len(before) < len(listed)
+
+    # A run that cannot be made stops no other; those that begin with its policy are named too.
+    blocked = directory(next(a for a in listed if (a.env, a.method) == ("HalfCheetah-v4", "td3")))
+    set_aside = tmp_path / "set-aside"
+    if blocked.exists():
+        blocked.rename(set_aside)
+    blocked.parent.mkdir(parents=True, exist_ok=True)
+    blocked.write_text("no folder")
+    code, _, err = run_all(*options)
+    assert code == 1
+    failed = [line for line in err.splitlines() if line.startswith("  ")]
+    assert err.startswith("3 failed") and len(failed) == 3
+    assert sum("td3_total-timesteps=40" in line and "cannot use" in line for line in failed) == 1
+    assert sum("policy-20.npz, which the run in that folder did not leave" in line for line in failed) == 1
+    assert sum("policy-28.npz, which the run in that folder did not leave" in line for line in failed) == 1
+    assert all(Path(line.split(":")[0].strip()).is_file() for line in failed)
+    partial = made_at(tmp_path)
+    assert len(partial) >= len(listed) - 4
+    assert partial.items() >= {p: t for p, t in before.items() if blocked not in p.parents}.items()
+    assert (tmp_path / "quick" / "figures" / "fig1_learning_curves.png").stat().st_size > 10_000
+
+    # Again, it makes what is missing and nothing else.
+    blocked.unlink()
+    if set_aside.exists():
+        set_aside.rename(blocked)
+    code, out, err = run_all(*options)
+    assert (code, err) == (0, ""), out
+    whole = made_at(tmp_path)
+    assert {path.parent for path in whole} == {directory(a) for a in listed}
+    assert whole.items() >= {p: t for p, t in partial.items() if p.is_relative_to(tmp_path / "quick")}.items()
+    for kind, suffix, names in (("figures", "png", FIGURES), ("figures", "pdf", FIGURES), ("tables", "md", TABLES)):
+        for name in names:
+            assert (tmp_path / "quick" / kind / f"{name}.{suffix}").stat().st_size > 0
+    assert "missing" not in (tmp_path / "quick" / "tables" / "coverage.md").read_text().replace("seeds missing", "")
+    assert json.loads((tmp_path / "quick" / "analysis.ipynb").read_text())["cells"]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Slurm
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_slurm_submits_what_is_missing(tmp_path):
+    """What sbatch is asked to do, by a stand-in that writes it down."""
+    fake = tmp_path / "bin" / "sbatch"
+    fake.parent.mkdir()
+    fake.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" --- >>{tmp_path}/asked\necho 7\n')
+    fake.chmod(0o755)
+    results = tmp_path / "results"
+    options = ("--quick", "--seeds", 1, "--only", "fig4", "--results-dir", results)
+    listed = commands(*options)
+    finished = directory(listed[0])
+    finished.mkdir(parents=True)
+    (finished / "summary.json").write_text("{}")
+    (finished / f"{listed[2].initial_policy.stem}.npz").write_text("")
+
+    code, out, err = run_all(*options, "--slurm", "--slurm-options", "--time=1:00 -p x", env=environment(fake.parent))
+    assert code == 0, err
+    first, second = (tmp_path / "asked").read_text().split("---\n")[:-1]
+    # Line 2 trains the other policy, line 3 has its policy already; the others wait for theirs.
+    assert "--array=2,3\n" in first and "--dependency" not in first
+    assert "--array=4,5,6\n" in second and "--dependency=afterany:7\n" in second
+    for asked in (first, second):
+        assert "--requeue\n" in asked and "--time=1:00\n-p\nx\n" in asked
+        (wrapped,) = re.findall(r"exec \./run_all\.sh (.*) --line \$SLURM_ARRAY_TASK_ID", asked)
+        # The task's list must be the very same list.
+        assert commands(*wrapped.split()) == listed
+    assert "without --slurm" in out
+
+
+def test_slurm_is_refused_where_there_is_none(tmp_path):
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name in ("bash", "dirname", "python", "nproc", "mkdir", "cat", "env"):
+        (tools / name).symlink_to(shutil.which(name, path=environment()["PATH"]))
+    env = {**environment(), "PATH": str(tools)}
+    code, _, err = run_all("--slurm", "--results-dir", tmp_path / "results", env=env)
+    assert code == 2 and "--slurm needs sbatch" in err
+
+
+def slurm(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+@pytest.mark.skipif(
+    shutil.which("sbatch") is None or subprocess.run(["sinfo"], capture_output=True).returncode != 0,
+    reason="no Slurm on this machine",
+)
+def test_slurm_task_requeued_in_the_middle_ends_with_the_same_bytes(tmp_path):
+    options = ("--quick", "--seeds", 1, "--steps", 3000, "--only", "Hopper-v4", "--only", "ds-td3")
+    here, there = tmp_path / "here", tmp_path / "there"
+    code, _, err = run_all(*options, "--results-dir", here, "--line", 1)
+    assert code == 0, err
+
+    code, out, err = run_all(*options, "--results-dir", there, "--slurm")
+    assert code == 0, err
+    job = re.search(r"submitted job array (\d+)", out)[1]
+    run = directory(commands(*options, "--results-dir", there)[0])
+
+    def wait_until(condition) -> None:
+        deadline = time.time() + 300
+        while not condition():
+            assert time.time() < deadline, slurm("scontrol", "show", "job", job)
+            time.sleep(0.3)
+
+    # Past the first evaluations of a learning agent, but well before the end.
+    evaluations = run / "evaluations.csv"
+    wait_until(lambda: evaluations.exists() and len(evaluations.read_text().splitlines()) > 5)
+    slurm("scontrol", "requeue", f"{job}_1")
+    wait_until(lambda: (run / "checkpoint.npz").exists())
+    assert not (run / "summary.json").exists()
+    # Slurm holds a requeued task back for two minutes unless it is asked to go on.
+    wait_until(lambda: "JobState=PENDING" in slurm("scontrol", "show", "job", f"{job}_1"))
+    slurm("scontrol", "update", f"jobid={job}_1", "starttime=now")
+    wait_until(lambda: (run / "summary.json").exists())
+    log = next((there / "quick" / "logs").glob("slurm-*.log")).read_text()
+    assert "stopped by SIGTERM" in log and log.count("python dst_td3.py") == 2
+    (unbroken,) = here.rglob("evaluations.csv")
+    assert evaluations.read_bytes() == unbroken.read_bytes()
