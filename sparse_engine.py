@@ -1,27 +1,28 @@
 """DS-TD3 on connections alone: the update of ``dst_td3.py`` with no dense weight matrix, mask, gradient or moment.
 
-``SparseTD3`` does what ``MaskedTD3`` does, with time and memory in proportion to the connections. The two files read
-side by side, room by room: topology (drop and grow, prune the target), networks, TD3. The room they do not share is
-the first one here, the kernels. All of it is compiled by numba; ``dst_td3.py --engine sparse`` uses it.
+``SparseTD3`` does what ``MaskedTD3`` does, on one CPU, with time and memory in proportion to the connections. The two
+files read side by side, room by room: topology (drop and grow, prune the target), networks, TD3. The room that only
+this one has comes first, the kernels. Numba compiles them; ``dst_td3.py --engine sparse`` trains with them.
 
-**What lies where.** A layer's connections are stored as compressed rows: those into one output lie side by side, each
-a weight and the 2-byte number of its input. A second index lists the same connections by input, each with its output
-and its place among the weights. All layers of all stacked networks follow one another in the same flat arrays, biases
-at the end. Activations are feature-major: the values of one unit for the whole batch lie side by side, in whole cache
-lines. A target keeps a value for each connection of its network, in the same places, and a few *extras*: connections
-that its network has dropped since, and that the target has not.
+**What lies where.** A layer's connections are compressed rows: those into one output lie side by side, each a weight
+and the 2-byte number of its input. A second index lists the same connections by input, each with its output and its
+place among the weights. All layers of all stacked networks follow one another in the same flat arrays, biases at the
+end. Activations are feature-major: one unit's values for the whole batch lie side by side, in whole cache lines. A
+target holds a weight for each connection of its network, in the same places, and a few *extras*: connections that its
+network has dropped since, and it has not.
 
-**How the kernels move memory.** Each connection multiplies one unit's row of activations, so loads bound the time.
+**How the kernels move memory.** A connection multiplies a whole row of activations, so loading rows bounds the time.
 
-- ``weighted_sum`` (forward; input gradient of the actor's loss): a tile of columns of one output's row stays in vector
-  registers while all connections of that output pass by. A connection costs its index, its weight and the tile's part
-  of its input's row, and arithmetic happens as the row is loaded; the output is stored once, bias and ReLU included.
-- ``backward_row``: the same, from one input over the connections by input. Each output's gradient row is loaded once
-  and used twice: it adds to the input's gradient, in registers, and its dot product with the input's activations, in
-  registers too, is the weight's gradient. Four dot products at a time are summed across lanes.
-- ``adam_step`` and ``update_target`` stream through flat arrays once.
-- ``prune_target`` finds its threshold by counting magnitudes by their leading bits, and never sorts.
-- Drop and grow, once in a thousand steps, sort connections by numpy, and both indices are then written anew.
+- ``weighted_sum``, forward: some columns of one output's row (a tile) stay in vector registers while all connections
+  into that output pass by. A connection loads its index, its weight and its input's tile, and the multiplication takes
+  the tile as it is loaded. The output is stored once, bias and ReLU included. Large layers go by bands of inputs, so
+  that tiles come from the first-level cache.
+- ``backward_row``, backward: the same from one input over the connections by input. An output's gradient row is loaded
+  once and used twice: it adds to the input's gradient, in registers, and its dot product with the input's values, in
+  registers too, is the weight's gradient. The input's gradient then takes the place of its values, whose work is done.
+- ``adam_step`` and ``soft_update`` stream through the flat arrays once.
+- ``prune_target`` sorts nothing: it counts, a stream of comparisons at a time, how many weights lie below a threshold.
+- Drop and grow, once in a thousand steps, sort connections with numpy; both indices are then written anew.
 """
 
 import math
@@ -161,12 +162,8 @@ class Emitter:
         shuffles cost one instruction each.
         """
         group, length = len(vectors), vectors[0].type.count
-        even = [
-            lane
-            for first in range(0, length, group)
-            for start in (first, length + first)
-            for lane in range(start, start + group, 2)
-        ]
+        starts = [start for first in range(0, length, group) for start in (first, length + first)]
+        even = [lane for start in starts for lane in range(start, start + group, 2)]
         odd = [lane + 1 for lane in even]
         while len(vectors) > 1:
             pairs = zip(vectors[::2], vectors[1::2], strict=True)
@@ -215,7 +212,7 @@ def weighted_sum(
                         emitter.add_to(total, emitter.splat(w, slot[1]), emitter.load(row, slot))
             for total, slot in zip(sums, slots, strict=True):
                 value, least = builder.load(total), emitter.splat(floor, slot[1])
-                value = builder.select(builder.fcmp_ordered("<", value, least), least, value)
+                value = builder.select(builder.fcmp_ordered("<", value, least), least, value)  # lets NaN through
                 emitter.store(value, out, slot)
 
         emitter.for_each_size(half_vectors, FORWARD_TILE, emit)
@@ -314,6 +311,8 @@ def drop_and_grow(
     layer of ``positions``. Returns which of them are kept (booleans), and the sorted positions of the grown ones.
     """
     kept = np.ones(len(topology), dtype=bool)
+    if len(topology) == positions:
+        return kept, topology[:0]
     for signed in (np.flatnonzero(weight >= 0), np.flatnonzero(weight < 0)):
         weakest_first = np.argsort(np.abs(weight[signed]), kind="stable")
         kept[signed[weakest_first[: round(drop_fraction * len(signed))]]] = False
@@ -380,9 +379,9 @@ def zero_up_to(bits: np.ndarray, limit: int) -> None:
 # Sparse networks
 #
 # The L layers of N stacked networks are numbered n * L + l. Their outputs ("rows") follow one another in that order,
-# and so do their inputs ("columns"). The units of a stack are its shared inputs and then all rows. A layer of many inputs
-# and connections is cut into bands of inputs, each with compressed rows of its own ("segments"): the forward pass takes
-# one band after another, and the activations of a band stay in the first-level cache meanwhile.
+# and so do their inputs ("columns"). The units of a stack are its shared inputs and then all rows. A layer of many
+# inputs and connections is cut into bands of inputs, each with compressed rows of its own ("segments"): the forward
+# pass takes one band after another, and the activations of a band stay in the first-level cache meanwhile.
 # ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -446,15 +445,15 @@ def forward(network: Arrays, n: int, target: bool, values: np.ndarray, batch: in
 
 
 @njit(**COMPILED)
-def backward(network: Arrays, n: int, values: np.ndarray, batch: int, first_input: int, learn: bool) -> None:
+def backward(network: Arrays, n: int, values: np.ndarray, batch: int, first_input: int, gradient) -> None:
     """Propagate the gradients of network ``n``'s outputs, given in place of their values, back through it.
 
-    With ``learn`` they go to its parameters (``network.gradient``), otherwise to its inputs from ``first_input`` on.
-    Gradients of hidden units, before their ReLU, take the place of their values.
+    They go to its parameters' ``gradient``, or where that is None, to its inputs from ``first_input`` on. Gradients of
+    hidden units, before their ReLU, take the place of their values.
     """
     stride, half_vectors = batch_layout(batch, values.itemsize)
     inputs, rows, columns = network.sizes[0], network.sizes[1:].sum(), network.sizes[:-1].sum()
-    weight, gradient = network.parameters, network.gradient
+    weight = network.parameters
     tiles = -(-half_vectors // BACKWARD_TILE)
     for tile in range(tiles):
         first, last = tile * half_vectors // tiles, (tile + 1) * half_vectors // tiles
@@ -465,22 +464,17 @@ def backward(network: Arrays, n: int, values: np.ndarray, batch: int, first_inpu
             row, column = row - network.sizes[layer + 1], column - network.sizes[layer]
             at, delta_at = (inputs + row - network.sizes[layer]) * stride + offset, (inputs + row) * stride + offset
             ends = column, column + network.sizes[layer]
-            if learn:
-                backward_columns(network, ends, values, at, delta_at, stride, size, 0.0, weight, gradient, more)
-            else:
-                backward_columns(network, ends, values, at, delta_at, stride, size, 0.0, weight, None, more)
+            backward_columns(network, ends, values, at, delta_at, stride, size, 0.0, weight, gradient, more)
         row, ends = row - network.sizes[1], (column - inputs + first_input, column)
         at, delta_at = first_input * stride + offset, (inputs + row) * stride + offset
-        if learn:
-            backward_columns(network, ends, values, at, delta_at, stride, size, -np.inf, None, gradient, more)
-        else:
+        if gradient is None:
             backward_columns(network, ends, values, at, delta_at, stride, size, -np.inf, weight, None, more)
-    if learn:
+        else:
+            backward_columns(network, ends, values, at, delta_at, stride, size, -np.inf, None, gradient, more)
+    if gradient is not None:
         for row in range(n * rows, (n + 1) * rows):
-            total = values[0] * 0
-            for delta in values[(inputs + row) * stride : (inputs + row) * stride + batch]:
-                total += delta
-            gradient[len(network.input_index) + row] = total
+            deltas = values[(inputs + row) * stride : (inputs + row) * stride + batch]
+            gradient[len(network.input_index) + row] = deltas.sum()
 
 
 @njit(**COMPILED)
@@ -858,7 +852,7 @@ def update_critics(actor, critics, actor_values, values, batch, noise, bounds, s
             loss += error * error / size
             mean_value += output[b] / (size * networks)
             output[b] = 2 * error / size
-        backward(critics, n, values, size, 0, True)
+        backward(critics, n, values, size, 0, critics.gradient)
     adam_step(critics, optimizer)
     return loss, mean_value
 
@@ -881,14 +875,14 @@ def update_actor(actor, critics, actor_values, values, observation, bounds, opti
     loss = -output[:size].mean()
     output[:size] = -1 / size
     output[size:] = 0
-    backward(critics, 0, values, size, observations, False)
+    backward(critics, 0, values, size, observations, None)
     for a in range(len(low)):
         tanh = actor_values[(first_output(actor, 0) + a) * stride :][:stride]
         tanh[size:] = 0
         for b in range(size):
             slope = (1 - tanh[b] * tanh[b]) * (high[a] - low[a]) / 2
             tanh[b] = values[(observations + a) * stride + b] * slope
-    backward(actor, 0, actor_values, size, 0, True)
+    backward(actor, 0, actor_values, size, 0, actor.gradient)
     adam_step(actor, optimizer)
     return loss
 
@@ -902,8 +896,10 @@ def act(actor: Arrays, observation: np.ndarray, low: np.ndarray, high: np.ndarra
         y = biases[row : row + actor.sizes[layer + 1]].copy()
         for _ in range(actor.bands[layer]):
             for output in range(len(y)):
+                total = y[output]
                 for k in range(actor.segment_start[segment], actor.segment_start[segment + 1]):
-                    y[output] += actor.parameters[k] * x[actor.input_index[k]]
+                    total += actor.parameters[k] * x[actor.input_index[k]]
+                y[output] = total
                 segment += 1
         row += len(y)
         x = np.maximum(y, 0 * y) if layer < len(actor.bands) - 1 else np.tanh(y)
@@ -921,7 +917,7 @@ class SparseTD3:
         self.actor = SparseNetwork(actor, args)
         self.critics = SparseNetwork(critics, args)
         self.dtype = self.actor.arrays.parameters.dtype.type
-        self.bounds = tuple(np.ascontiguousarray(bound, self.dtype) for bound in bounds)
+        self.bounds = tuple(np.array(bound, self.dtype) for bound in bounds)
         self.settings = Settings(*map(self.dtype, (args.gamma, args.policy_noise, args.noise_clip)))
         self.losses: dict[str, float] = {}
         self.batch_size = None
@@ -929,7 +925,7 @@ class SparseTD3:
 
     def act(self, observation: np.ndarray) -> np.ndarray:
         """Return the deterministic action [actions] for one observation [observations]."""
-        return act(self.actor.arrays, np.ascontiguousarray(observation, self.dtype), *self.bounds)
+        return act(self.actor.arrays, np.array(observation, self.dtype), *self.bounds)
 
     def update_critics(self, batch, noise: np.ndarray) -> None:
         """Fit both critics to the smaller of the target critics' values (clipped double Q-learning).
@@ -945,29 +941,20 @@ class SparseTD3:
         self.losses |= {"actor_loss": update_actor(*self._actor_arguments(batch, self.actor.optimizer()))}
 
     def _critic_arguments(self, batch, noise: np.ndarray, optimizer: Optimizer) -> tuple:
-        arrays = tuple(np.ascontiguousarray(array, self.dtype) for array in (*batch, noise))
-        activations = self._activations(len(noise))
-        return (
-            self.actor.arrays,
-            self.critics.arrays,
-            *activations,
-            arrays[:-1],
-            arrays[-1],
-            self.bounds,
-            self.settings,
-            optimizer,
-        )
+        *batch, noise = (np.array(array, self.dtype, order="C") for array in (*batch, noise))
+        spaces = (self.actor.arrays, self.critics.arrays, *self._activations(len(noise)))
+        return *spaces, tuple(batch), noise, self.bounds, self.settings, optimizer
 
     def _actor_arguments(self, batch, optimizer: Optimizer) -> tuple:
-        observation = np.ascontiguousarray(batch[0], self.dtype)
-        activations = self._activations(len(observation))
-        return self.actor.arrays, self.critics.arrays, *activations, observation, self.bounds, optimizer
+        observation = np.array(batch[0], self.dtype, order="C")
+        spaces = (self.actor.arrays, self.critics.arrays, *self._activations(len(observation)))
+        return *spaces, observation, self.bounds, optimizer
 
     def _activations(self, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
         """Return room for the values of all units of the actor and of the critics for a batch."""
         if batch_size != self.batch_size:
             self.batch_size = batch_size
-            self.activations = tuple(_activations(network.arrays, batch_size) for network in (self.actor, self.critics))
+            self.activations = tuple(activations(network.arrays, batch_size) for network in (self.actor, self.critics))
         return self.activations
 
     def _compile(self) -> None:
@@ -985,7 +972,7 @@ class SparseTD3:
                 function.compile(tuple(map(numba.typeof, arguments)))
 
 
-def _activations(network: Arrays, batch_size: int) -> np.ndarray:
+def activations(network: Arrays, batch_size: int) -> np.ndarray:
     """Allocate the values of a stack's units for a batch: a padded row for each, from a cache line's boundary on."""
     dtype = network.parameters.dtype
     stride, _ = batch_layout.py_func(batch_size, dtype.itemsize)

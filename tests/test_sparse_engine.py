@@ -1,0 +1,354 @@
+"""The sparse engine against the masked one: the same topologies always, the same numbers within rounding."""
+
+import dataclasses
+import io
+import itertools
+import math
+import tracemalloc
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import dst_td3
+from sparse_engine import SparseTD3, prune_target
+
+OBSERVATIONS, ACTIONS = 5, 3
+DEFAULTS = dst_td3.Arguments(engine="masked", device="cpu", adapt_interval=8, drop_fraction=0.2, tau=0.05)
+
+
+@dataclasses.dataclass
+class Case:
+    """A pair of agents to build, and the batches to train them on."""
+
+    actor: list[int]
+    critic: list[int]
+    actor_connections: list[int]
+    critic_connections: list[int]
+    args: dst_td3.Arguments = DEFAULTS
+    batch_size: int = 10
+    dtype: type = np.float64
+    seed: int = 0
+
+    def agent(self, engine):
+        """Build an agent and the generator that places its grown connections."""
+        rng = np.random.default_rng(self.seed)
+        actor = dst_td3.initial_layers(self.actor, self.actor_connections, rng)
+        critics = dst_td3.initial_layers(self.critic, self.critic_connections, rng, networks=(2,))
+        typed = [[dst_td3.Layer(*(a.astype(self.dtype) for a in layer)) for layer in net] for net in (actor, critics)]
+        return engine(*typed, self.bounds, self.args), rng
+
+    @property
+    def bounds(self):
+        """Bounds of the actions, lopsided so that both the middle and the range of them matter."""
+        return -np.full(self.actor[-1], 0.5, self.dtype), np.linspace(0.4, 1, self.actor[-1]).astype(self.dtype)
+
+    def batch(self, step):
+        """Draw the batch and the noise of a step."""
+        rng = np.random.default_rng((self.seed, step))
+
+        def normal(columns):
+            return rng.standard_normal((self.batch_size, columns)).astype(self.dtype)
+
+        observations, actions = self.actor[0], self.actor[-1]
+        terminated = (normal(1) > 1).astype(self.dtype)
+        batch = dst_td3.Batch(
+            normal(observations), np.tanh(normal(actions)) / 2, normal(1), normal(observations), terminated
+        )
+        return batch, normal(actions)
+
+    def train(self, agent, rng, steps):
+        """Train an agent for the given steps."""
+        for step in steps:
+            dst_td3.train_step(agent, *self.batch(step), step, rng, self.args)
+
+
+def case(hidden=(24, 20), sparsity=0.6, observations=OBSERVATIONS, actions=ACTIONS, **rest):
+    """Return a case of the given widths and sparsity."""
+    actor, critic = [observations, *hidden, actions], [observations + actions, *hidden, 1]
+    counts = (dst_td3.count_connections(sizes, sparsity) for sizes in (actor, critic))
+    return Case(actor, critic, *counts, **rest)
+
+
+@st.composite
+def cases(draw):
+    """Draw widths, depths, counts of connections (from a single one to a full layer), batch sizes and settings."""
+    hidden = draw(st.lists(st.integers(1, 40) | st.sampled_from([129, 300]), min_size=1, max_size=3))
+    observations, actions = draw(st.integers(1, 20)), draw(st.integers(1, 6))
+    sizes = [observations, *hidden, actions], [observations + actions, *hidden, 1]
+    counts = [
+        [
+            draw(st.one_of(st.integers(1, inputs * outputs), st.just(inputs * outputs)))
+            for inputs, outputs in itertools.pairwise(widths[:-1])
+        ]
+        + [widths[-2] * widths[-1]]
+        for widths in sizes
+    ]
+    args = dataclasses.replace(
+        DEFAULTS,
+        adapt_interval=draw(st.integers(2, 6)),
+        drop_fraction=draw(st.sampled_from([0, 0.05, 0.3, 1])),
+        tau=draw(st.sampled_from([0.005, 0.3, 1])),
+        policy_frequency=draw(st.integers(1, 3)),
+        weight_decay=draw(st.sampled_from([0, 2e-4, 0.1])),
+    )
+    batch_size = draw(st.one_of(st.integers(1, 40), st.sampled_from([100, 129, 300])))
+    return Case(*sizes, *counts, args, batch_size, seed=draw(st.integers(0, 1000)))
+
+
+def sparse_layers(network):
+    """Return weight, target, first and second moment of each layer of each network of a SparseNetwork, dense."""
+    arrays, layers = network.arrays, []
+    for block in network.blocks:
+        topology, place = network._topology(block)
+        dense = [np.zeros((block.inputs, block.outputs)) for _ in range(4)]
+        for matrix, name in zip(dense, ("parameters", "target", "first_moment", "second_moment"), strict=True):
+            matrix.ravel()[topology] = getattr(arrays, name)[place]
+        positions, weight = network._extras(block)
+        assert not np.isin(positions, topology).any()
+        dense[1].ravel()[positions] = weight
+        layers.append(dense)
+    return layers
+
+
+def masked_layers(network):
+    """Return the same of a MaskedNetwork."""
+    layers = []
+    stack = network.layers[0].weight.shape[:-2].numel()
+    for n, (layer, target) in itertools.product(range(stack), zip(network.layers, network.target, strict=True)):
+        moments = network.optimizer.state[layer.weight]
+        tensors = (layer.weight, target.weight, moments["exp_avg"], moments["exp_avg_sq"])
+        layers.append([tensor.detach().reshape(-1, *tensor.shape[-2:])[n].numpy() for tensor in tensors])
+    return layers
+
+
+def assert_same_topologies(masked, sparse):
+    """Require the same connections in all layers of both agents."""
+    for ours, theirs in ((sparse.actor, masked.actor), (sparse.critics, masked.critics)):
+        for layer, expected in zip(ours.layer_arrays(), theirs.layer_arrays(), strict=True):
+            np.testing.assert_array_equal(layer.mask, expected.mask)
+
+
+def assert_agree(masked, sparse, rtol, atol):
+    """Require the same topologies, and weights, targets, moments, biases and losses that agree."""
+    assert_same_topologies(masked, sparse)
+    close = {"rtol": rtol, "atol": atol}
+    for ours, theirs in ((sparse.actor, masked.actor), (sparse.critics, masked.critics)):
+        for layer, expected in zip(sparse_layers(ours), masked_layers(theirs), strict=True):
+            for array, expected_array in zip(layer, expected, strict=True):
+                np.testing.assert_allclose(array, expected_array, **close)
+            np.testing.assert_array_equal(layer[1] != 0, expected[1] != 0)
+        for index, (layer, expected) in enumerate(zip(ours.layer_arrays(), theirs.layer_arrays(), strict=True)):
+            np.testing.assert_allclose(layer.bias, expected.bias, **close)
+            target = ours.arrays.target[len(ours.arrays.input_index) :]
+            biases = np.concatenate([target[b.rows] for b in ours.blocks[index :: len(theirs.layers)]])
+            np.testing.assert_allclose(biases, theirs.target[index].bias.flatten().numpy(), **close)
+    assert set(sparse.losses) == set(masked.losses)
+    for name, loss in masked.losses.items():
+        assert sparse.losses[name] == pytest.approx(float(loss), rel=max(rtol, 1e-5), abs=max(atol, 1e-7))
+
+
+def test_engines_agree_over_hundreds_of_updates():
+    this = case(args=dataclasses.replace(DEFAULTS, adapt_interval=30), batch_size=37)
+    (masked, masked_rng), (sparse, sparse_rng) = this.agent(dst_td3.MaskedTD3), this.agent(SparseTD3)
+    adaptations = 0
+    for step in range(1, 301):
+        before = sparse.critics.topologies()[0][0]
+        this.train(masked, masked_rng, [step])
+        this.train(sparse, sparse_rng, [step])
+        adaptations += (before != sparse.critics.topologies()[0][0]).any()
+        if step % 30 in (0, 1):
+            assert_agree(masked, sparse, rtol=1e-8, atol=1e-11)
+    assert adaptations == 10
+    assert len(sparse.critics.arrays.extra_weight) > 0
+    assert masked_rng.bit_generator.state == sparse_rng.bit_generator.state
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(cases())
+def test_engines_agree_whatever_the_networks(this):
+    (masked, masked_rng), (sparse, sparse_rng) = this.agent(dst_td3.MaskedTD3), this.agent(SparseTD3)
+    for step in range(1, 14):
+        this.train(masked, masked_rng, [step])
+        this.train(sparse, sparse_rng, [step])
+        assert_same_topologies(masked, sparse)
+    assert_agree(masked, sparse, rtol=1e-6, atol=1e-9)
+    assert masked_rng.bit_generator.state == sparse_rng.bit_generator.state
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 16, 100, 128, 250])
+def test_engines_agree_in_float32(batch_size):
+    this = case(dtype=np.float32, batch_size=batch_size, args=dataclasses.replace(DEFAULTS, adapt_interval=12))
+    (masked, masked_rng), (sparse, sparse_rng) = this.agent(dst_td3.MaskedTD3), this.agent(SparseTD3)
+    this.train(masked, masked_rng, range(1, 15))
+    this.train(sparse, sparse_rng, range(1, 15))
+    assert_same_topologies(masked, sparse)
+    for ours, theirs in ((sparse.actor, masked.actor), (sparse.critics, masked.critics)):
+        for layer, expected in zip(sparse_layers(ours), masked_layers(theirs), strict=True):
+            for array, expected_array in zip(layer, expected, strict=True):
+                np.testing.assert_allclose(array, expected_array, rtol=1e-3, atol=2e-5)
+
+
+def test_the_batch_size_may_change():
+    small, large = case(batch_size=3), case(batch_size=290)
+    (masked, masked_rng), (sparse, sparse_rng) = small.agent(dst_td3.MaskedTD3), small.agent(SparseTD3)
+    for this, steps in ((small, range(1, 4)), (large, range(4, 7)), (small, range(7, 10))):
+        this.train(masked, masked_rng, steps)
+        this.train(sparse, sparse_rng, steps)
+    assert_agree(masked, sparse, rtol=1e-8, atol=1e-11)
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(st.lists(st.integers(1, 70), min_size=1, max_size=3), st.integers(1, 20), st.integers(1, 6))
+def test_engines_act_alike(hidden, observations, actions):
+    this = case(hidden, 0.0, observations, actions, dtype=np.float32)
+    masked, sparse = this.agent(dst_td3.MaskedTD3)[0], this.agent(SparseTD3)[0]
+    observation = np.random.default_rng(0).standard_normal(observations)
+    action = sparse.act(observation)
+    assert action.dtype == np.float32 and action.shape == (actions,)
+    np.testing.assert_allclose(action, masked.act(observation), atol=1e-5)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.data())
+def test_prune_target_keeps_the_largest(data):
+    magnitudes = st.sampled_from([0.0, 1e-30, 0.25, 0.5, 1.0, 2.0]) | st.floats(0, 4, width=32)
+    weights = st.lists(st.builds(math.copysign, magnitudes, st.sampled_from([-1.0, 1.0])), min_size=1, max_size=30)
+    own, extras = (np.array(data.draw(weights), dtype=np.float32) for _ in range(2))
+    extras = extras[: len(own)]
+    before = np.concatenate([own, extras])
+    prune_target(own.view(np.int32), extras.view(np.int32), data.draw(st.integers(0, 2**31 - 2)))
+    after = np.concatenate([own, extras])
+    np.testing.assert_array_equal(after[after != 0], before[after != 0])
+    np.testing.assert_array_equal(np.sort(np.abs(after))[-len(own) :], np.sort(np.abs(before))[-len(own) :])
+    assert np.count_nonzero(after) <= len(own)
+
+
+def saved(network):
+    """Return a network's state after a trip to a file."""
+    file = io.BytesIO()
+    np.savez(file, **network.state())
+    file.seek(0)
+    with np.load(file, allow_pickle=False) as stored:
+        return dict(stored)
+
+
+def test_a_loaded_agent_goes_on_to_the_same_bytes():
+    this = case(dtype=np.float32)
+    first, rng = this.agent(SparseTD3)
+    this.train(first, rng, range(1, 28))
+    assert len(first.critics.arrays.extra_weight) > 0
+    second, other_rng = dataclasses.replace(this, seed=1).agent(SparseTD3)
+    second.actor.load_state(saved(first.actor))
+    second.critics.load_state(saved(first.critics))
+    other_rng.bit_generator.state = rng.bit_generator.state
+    for agent, generator in ((first, rng), (second, other_rng)):
+        this.train(agent, generator, range(28, 60))
+    for ours, theirs in ((first.actor, second.actor), (first.critics, second.critics)):
+        state, expected = ours.state(), theirs.state()
+        assert {name: array.tobytes() for name, array in state.items()} == {
+            name: array.tobytes() for name, array in expected.items()
+        }
+        for masks, expected_masks in zip(ours.topologies(), theirs.topologies(), strict=True):
+            np.testing.assert_array_equal(masks, expected_masks)
+
+
+def test_topologies_are_the_present_and_the_first_mask():
+    this = case()
+    (masked, masked_rng), (sparse, sparse_rng) = this.agent(dst_td3.MaskedTD3), this.agent(SparseTD3)
+    this.train(masked, masked_rng, range(1, 20))
+    this.train(sparse, sparse_rng, range(1, 20))
+    for ours, theirs in ((sparse.actor, masked.actor), (sparse.critics, masked.critics)):
+        for masks, expected in zip(ours.topologies(), theirs.topologies(), strict=True):
+            np.testing.assert_array_equal(masks, expected)
+
+
+FOREIGN = {
+    "other widths": lambda: case(hidden=(20, 24)),
+    "another depth": lambda: case(hidden=(24, 20, 5)),
+    "another sparsity": lambda: case(sparsity=0.5),
+    "another type": lambda: case(dtype=np.float32),
+}
+
+
+@pytest.mark.parametrize("other", FOREIGN)
+def test_another_networks_state_is_rejected(other):
+    state = FOREIGN[other]().agent(SparseTD3)[0].actor.state()
+    with pytest.raises((KeyError, ValueError)):
+        case().agent(SparseTD3)[0].actor.load_state(state)
+
+
+def test_a_masked_networks_state_is_rejected():
+    with pytest.raises(KeyError):
+        case().agent(SparseTD3)[0].actor.load_state(case().agent(dst_td3.MaskedTD3)[0].actor.state())
+
+
+@pytest.mark.parametrize("name", ["input_index", "segment_start", "extra_start", "extra_index"])
+def test_a_damaged_topology_is_rejected(name):
+    this = case()
+    agent, rng = this.agent(SparseTD3)
+    this.train(agent, rng, range(1, 10))
+    state = {key: array.copy() for key, array in agent.critics.state().items()}
+    state[name][len(state[name]) // 2] = 60_000
+    with pytest.raises(ValueError):
+        agent.critics.load_state(state)
+
+
+def test_a_policy_of_either_engine_loads_alike(tmp_path):
+    this = case(dtype=np.float32)
+    observation = np.random.default_rng(0).standard_normal(OBSERVATIONS)
+    for engine in (dst_td3.MaskedTD3, SparseTD3):
+        agent, rng = this.agent(engine)
+        this.train(agent, rng, range(1, 12))
+        path = tmp_path / f"{engine.__name__}.npz"
+        dst_td3.save_policy(path, agent.actor.layer_arrays(), this.bounds, "Hopper-v4")
+        loaded = dst_td3.load_policy(path, "Hopper-v4")
+        np.testing.assert_allclose(loaded(observation), agent.act(observation), atol=1e-6)
+    files = [dict(np.load(tmp_path / f"{engine.__name__}.npz")) for engine in (dst_td3.MaskedTD3, SparseTD3)]
+    assert {n: (a.shape, a.dtype) for n, a in files[0].items()} == {n: (a.shape, a.dtype) for n, a in files[1].items()}
+
+
+def arrays_in(value):
+    """Yield all numpy arrays that an object holds, however deep."""
+    if isinstance(value, np.ndarray):
+        yield value
+    elif isinstance(value, dict):
+        yield from itertools.chain.from_iterable(map(arrays_in, value.values()))
+    elif isinstance(value, list | tuple):
+        yield from itertools.chain.from_iterable(map(arrays_in, value))
+    elif hasattr(value, "__dict__"):
+        yield from arrays_in(vars(value))
+
+
+def test_nothing_is_as_large_as_a_dense_matrix():
+    this = case(hidden=(600, 600), sparsity=0.99, batch_size=4, dtype=np.float32)
+    agent, rng = this.agent(SparseTD3)
+    this.train(agent, rng, range(1, 8))
+    tracemalloc.start()
+    this.train(agent, rng, range(8, 10))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    dense = 600 * 600
+    assert all(array.size < dense / 5 for array in arrays_in(agent))
+    assert peak < dense * 4 / 2
+
+
+def test_a_diverged_network_shows():
+    this = case(dtype=np.float32)
+    agent, _ = this.agent(SparseTD3)
+    agent.actor.arrays.parameters[0] = np.nan
+    batch, _ = this.batch(1)
+    assert np.isnan(agent.act(batch.observation[0])).any()
+    agent.update_actor(batch)
+    assert math.isnan(agent.losses["actor_loss"])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Keep torch from competing with itself on networks this small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
