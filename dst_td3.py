@@ -135,7 +135,7 @@ class Arguments:
     device: str = "auto"
     """cpu, cuda or auto (a GPU where there is one)"""
     threads: int = 1
-    """CPU threads of the run; networks this small gain little from more"""
+    """CPU threads of the run; the sparse engine trains each critic in one of its own"""
     snapshot_at: tuple[int, ...] = ()
     """steps at which the policy so far is also kept, as policy-STEP.npz"""
     results_dir: Path = Path("results")

@@ -33,7 +33,7 @@ from typing import NamedTuple
 import numba
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import njit, prange, types
 from numba.core import cgutils, event
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
@@ -834,27 +834,36 @@ def update_critics(actor, critics, actor_values, values, batch, noise, bounds, s
             next_action[b, a] = min(max(next_action[b, a], low[a]), high[a])
     write_units(values, 0, next_observation)
     write_units(values, observations, next_action)
-    smallest = np.full(size, np.inf, values.dtype)
-    for n in range(networks):
+    next_values = np.empty((networks, size), values.dtype)
+    for n in prange(networks):
         forward(critics, n, True, values, size)
         output = first_output(critics, n) * stride
-        smallest = np.minimum(smallest, values[output : output + size])
+        next_values[n] = values[output : output + size]
 
     write_units(values, 0, observation)
     write_units(values, observations, action)
-    loss, mean_value = 0.0, 0.0
-    for n in range(networks):
+    losses, mean_values = np.zeros(networks), np.zeros(networks)
+    for n in prange(networks):
         forward(critics, n, False, values, size)
         output = values[first_output(critics, n) * stride :][:stride]
         output[size:] = 0
         for b in range(size):
-            error = output[b] - (reward[b, 0] + settings.gamma * (1 - terminated[b, 0]) * smallest[b])
-            loss += error * error / size
-            mean_value += output[b] / (size * networks)
+            smallest = next_values[0, b]
+            for other in range(1, networks):
+                smallest = min(smallest, next_values[other, b])
+            error = output[b] - (reward[b, 0] + settings.gamma * (1 - terminated[b, 0]) * smallest)
+            losses[n] += error * error / size
+            mean_values[n] += output[b] / size
             output[b] = 2 * error / size
         backward(critics, n, values, size, 0, critics.gradient)
     adam_step(critics, optimizer)
-    return loss, mean_value
+    return losses.sum(), mean_values.mean()
+
+
+# With two threads each critic has one to itself; the arithmetic, and so every bit, stays the same. A thread inherits
+# from the one that starts it how denormals are treated.
+CRITICS_ALONE = {"prange": True, **dict.fromkeys(("comprehension", "inplace_binop", "numpy", "setitem"), False)}
+update_critics_in_threads = njit(**COMPILED, parallel=CRITICS_ALONE)(update_critics.py_func)
 
 
 @njit(**COMPILED)
@@ -921,6 +930,7 @@ class SparseTD3:
         self.settings = Settings(*map(self.dtype, (args.gamma, args.policy_noise, args.noise_clip)))
         self.losses: dict[str, float] = {}
         self.batch_size = None
+        numba.set_num_threads(min(args.threads, numba.config.NUMBA_NUM_THREADS))
         self._compile()
 
     def act(self, observation: np.ndarray) -> np.ndarray:
@@ -933,8 +943,12 @@ class SparseTD3:
         ``batch`` is a ``Batch``; ``noise`` [batch, actions] is standard normal; scaled and clipped, it smooths the
         target policy.
         """
-        loss, value = update_critics(*self._critic_arguments(batch, noise, self.critics.optimizer()))
+        loss, value = self._critic_update(*self._critic_arguments(batch, noise, self.critics.optimizer()))
         self.losses |= {"critic_loss": loss, "value": value}
+
+    @property
+    def _critic_update(self):
+        return update_critics if self.args.threads == 1 else update_critics_in_threads
 
     def update_actor(self, batch) -> None:
         """Move the actor towards actions that the first critic values more (deterministic policy gradient)."""
@@ -965,7 +979,7 @@ class SparseTD3:
         with event.install_listener("numba:compile", CompilationNotice()):
             for function, arguments in (
                 (act, (self.actor.arrays, batch[0][0], *self.bounds)),
-                (update_critics, self._critic_arguments(batch, batch[1], optimizer)),
+                (self._critic_update, self._critic_arguments(batch, batch[1], optimizer)),
                 (update_actor, self._actor_arguments(batch, optimizer)),
                 (soft_update, self.actor.soft_update_arguments()),
             ):

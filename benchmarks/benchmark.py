@@ -24,6 +24,7 @@ import numpy as np
 import pandas as pd
 import torch
 import tyro
+from numba import njit
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -325,6 +326,74 @@ def peak_of_one_agent(width: int, sparsity: float | None) -> None:
     print(json.dumps({"counted_megabytes": held_bytes(agent) / 1e6, "seen_megabytes": (resident() - before) / 1e6}))
 
 
+@njit
+def repeat_forward(network: sparse_engine.Arrays, values: np.ndarray, times: int) -> None:
+    """Apply the first critic ``times`` times."""
+    for _ in range(times):
+        sparse_engine.forward(network, 0, False, values, BATCH)
+
+
+@njit
+def repeat_backward(network: sparse_engine.Arrays, values: np.ndarray, times: int) -> None:
+    """Propagate gradients back through the first critic ``times`` times."""
+    for _ in range(times):
+        sparse_engine.backward(network, 0, values, BATCH, 0, network.gradient)
+
+
+@njit(fastmath=True)
+def load_and_multiply(values: np.ndarray, times: int) -> float:
+    """Multiply and add as fast as loads from the first-level cache allow: one operand of each from memory."""
+    total, factor = np.float32(0), np.float32(1)
+    for _ in range(times):
+        for i in range(len(values)):
+            total += values[i] * factor
+        factor += np.float32(1e-3)
+    return total
+
+
+def kernels(options: Options) -> str:
+    """How fast the kernels multiply and add, against what loads and dense BLAS allow on the same machine."""
+    times, values = 300, np.ones(2048, np.float32)
+    dense = torch.randn(BATCH, 256), torch.randn(256, 256)
+
+    def speed(work: Callable[[], object], operations: float) -> Callable[[], float]:
+        def measured() -> float:
+            started = time.perf_counter()
+            work()
+            return operations / (time.perf_counter() - started) / 1e9
+
+        return measured
+
+    def multiply() -> None:
+        for _ in range(times):
+            dense[0] @ dense[1]
+
+    blocks = {
+        "load-bound limit": speed(lambda: load_and_multiply(values, 100_000), 2.0 * len(values) * 100_000),
+        "dense BLAS, 256 x 256": speed(multiply, 2.0 * BATCH * 256 * 256 * times),
+    }
+    for sparsity in (0.5, 0.8, 0.9, 0.95):
+        network = make_agent("sparse", sparsity=sparsity)[0].critics.arrays
+        room = sparse_engine.activations(network, BATCH)
+        products = 2.0 * BATCH * len(network.input_index) / 2 * times
+        for name, repeat, passes in (("forward", repeat_forward, 1), ("backward", repeat_backward, 2)):
+            work = functools.partial(repeat, network, room, times)
+            blocks[f"{name} of a critic, sparsity {sparsity}"] = speed(work, passes * products)
+    speeds = in_turn(blocks, options.repeats)
+    limit = speeds["load-bound limit"]
+    table = pd.DataFrame(
+        {"kernel": name, "gflops": speeds[name].median(), "share_of_limit": (speeds[name] / limit).median()}
+        for name in speeds
+    )
+    table.round(3).to_csv(options.results_dir / "kernels.csv", index=False)
+    return (
+        "## Speed of the kernels, in useful GFLOP/s\n\n"
+        "The limit loads one operand of each multiply-add from the first-level cache. The backward kernel loads a row "
+        "once and uses it twice, for the input's and for the weight's gradient, so it may come above.\n\n"
+        + markdown(table)
+    )
+
+
 def threads(options: Options) -> str:
     """What a second thread gives to a single run."""
     os.sched_setaffinity(0, ALLOWED)
@@ -377,7 +446,7 @@ def machine() -> str:
     return f"{model}, {' '.join(vector)}; {', '.join(caches)}; {os.cpu_count()} cores; {versions}"
 
 
-PARTS = {part.__name__: part for part in (updates, end_to_end, inference, memory, threads)}
+PARTS = {part.__name__: part for part in (updates, end_to_end, inference, memory, kernels, threads)}
 ALLOWED = os.sched_getaffinity(0)
 
 

@@ -191,6 +191,16 @@ def test_engines_agree_in_float32(batch_size):
                 np.testing.assert_allclose(array, expected_array, rtol=1e-3, atol=2e-5)
 
 
+def test_a_second_thread_changes_no_bit():
+    states = []
+    for threads in (1, 2):
+        this = case(args=dataclasses.replace(DEFAULTS, threads=threads), dtype=np.float32)
+        agent, rng = this.agent(SparseTD3)
+        this.train(agent, rng, range(1, 31))
+        states.append(agent.actor.state() | {f"critics.{name}": a for name, a in agent.critics.state().items()})
+    assert all(np.array_equal(states[0][name], states[1][name]) for name in states[0])
+
+
 def test_the_batch_size_may_change():
     small, large = case(batch_size=3), case(batch_size=290)
     (masked, masked_rng), (sparse, sparse_rng) = small.agent(dst_td3.MaskedTD3), small.agent(SparseTD3)
