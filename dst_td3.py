@@ -345,12 +345,11 @@ def prune_target(target: torch.Tensor, support: torch.Tensor, connections: int) 
     become dense. ``target`` is [..., inputs, outputs] and is changed in place; ``support``, from ``target_support``,
     are the positions where it can be non-zero. A layer with no more than ``connections`` of them is left alone.
     """
-    surplus = support.shape[-1] - connections
-    if surplus > 0:
-        weights = target.flatten(-2)
-        # Zeros are the smallest of all, so the surplus of the support counts them before it takes any weight.
-        smallest = weights.gather(-1, support).abs().topk(surplus, largest=False, sorted=False).indices
-        weights.scatter_(-1, support.gather(-1, smallest), 0)
+    # Zeros are the smallest of all, so the surplus of the support counts them before it takes any weight.
+    surplus = max(0, support.shape[-1] - connections)
+    for weights, positions in zip(_networks(target), support.view(-1, support.shape[-1]), strict=True):
+        smallest = weights.index_select(0, positions).abs().topk(surplus, largest=False, sorted=False).indices
+        weights.index_fill_(0, positions.index_select(0, smallest), 0)
 
 
 def target_support(target: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
