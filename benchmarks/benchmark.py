@@ -180,7 +180,7 @@ def updates(options: Options) -> str:
                     "state_bytes": state_bytes(agent),
                 }
             )
-            print(rows[-1], flush=True)
+            print(f"  {name}, width {width}: {rows[-1]['microseconds']:,.0f} µs", file=sys.stderr, flush=True)
         dense_bytes = rows[-len(agents)]["state_bytes"]
         for row in rows[-len(agents) :]:
             row["bytes_over_dense"] = row["state_bytes"] / dense_bytes
@@ -300,8 +300,7 @@ def memory(options: Options) -> str:
     """Memory that agents take, as their arrays count it and as the growth of a process's peak shows it."""
     rows = []
     for width, sparsity in ((1024, None), (1024, 0.5), (1024, 0.9), (2048, None), (2048, 0.5), (2048, 0.9)):
-        command = [sys.executable, __file__, "--only", "peak", str(width), str(sparsity)]
-        measured = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+        measured = measure_alone("memory", "masked" if sparsity is None else "sparse", sparsity, width, 1)
         rows.append({"width": width, "sparsity": sparsity or 0.0, **measured})
     table = pd.DataFrame(rows)
     table.to_csv(options.results_dir / "memory.csv", index=False)
@@ -311,19 +310,6 @@ def memory(options: Options) -> str:
         "while the agent was made from its first layers and learned; temporaries of the update are part of it.\n\n"
         + markdown(table)
     )
-
-
-def peak_of_one_agent(width: int, sparsity: float | None) -> None:
-    """Print the counted bytes of an agent and the growth of this process's memory, as JSON."""
-
-    def resident() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-
-    make_agent("masked" if sparsity is None else "sparse", 8, sparsity and 0.1)  # libraries load what they need
-    before = resident()
-    agent, _ = make_agent("masked" if sparsity is None else "sparse", width, sparsity)
-    Learner(agent).update(3)
-    print(json.dumps({"counted_megabytes": held_bytes(agent) / 1e6, "seen_megabytes": (resident() - before) / 1e6}))
 
 
 @njit
@@ -395,22 +381,47 @@ def kernels(options: Options) -> str:
 
 
 def threads(options: Options) -> str:
-    """What a second thread gives to a single run."""
-    os.sched_setaffinity(0, ALLOWED)
+    """What a second thread gives to a single run, each number of threads in a process of its own."""
     rows = []
     for name, engine, sparsity in (("dense TD3 (torch)", "masked", None), ("DS-TD3, sparse engine", "sparse", 0.5)):
-        times = {}
-        for count in (1, 2):
-            torch.set_num_threads(count)
-            learner = Learner(make_agent(engine, sparsity=sparsity, threads=count)[0])
-            learner.update(200)
-            times[count] = np.median([learner.update(300) for _ in range(options.repeats)])
-        rows.append({"implementation": name, "one_thread": times[1], "two_threads": times[2]})
-        rows[-1]["speedup"] = times[1] / times[2]
-    torch.set_num_threads(1)
+        blocks = {count: functools.partial(measure_alone, "update", engine, sparsity, 256, count) for count in (1, 2)}
+        times = in_turn(blocks, options.repeats)
+        row = {"implementation": name, "one_thread": times[1].median(), "two_threads": times[2].median()}
+        rows.append({**row, "speedup": (times[1] / times[2]).median()})
     table = pd.DataFrame(rows)
     table.round(2).to_csv(options.results_dir / "threads.csv", index=False)
     return "## A second thread, microseconds per update\n\n" + markdown(table)
+
+
+def measure_alone(what: str, *arguments: object):
+    """Return what ``alone`` measures in a process of its own, on all cores this one was given."""
+    command = [sys.executable, __file__, "--alone", what, *map(str, arguments)]
+    pinned = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, ALLOWED)
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    os.sched_setaffinity(0, pinned)
+    return json.loads(output)
+
+
+def alone(what: str, engine: str, sparsity: str, width: str, count: str) -> None:
+    """Print, as JSON, the microseconds of an update, or an agent's counted and seen megabytes."""
+    torch.set_num_threads(int(count))
+    torch.set_flush_denormal(True)
+    kept = None if sparsity == "None" else float(sparsity)
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    make_agent(engine, 8, kept and 0.1)  # libraries load what they need
+    before = resident()
+    agent, _ = make_agent(engine, int(width), kept, int(count))
+    learner = Learner(agent)
+    if what == "update":
+        learner.update(200)
+        print(learner.update(1000))
+        return
+    learner.update(3)
+    print(json.dumps({"counted_megabytes": held_bytes(agent) / 1e6, "seen_megabytes": (resident() - before) / 1e6}))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -452,8 +463,8 @@ ALLOWED = os.sched_getaffinity(0)
 
 def main() -> None:
     """Run the parts asked for and write their tables."""
-    if sys.argv[1:3] == ["--only", "peak"]:
-        peak_of_one_agent(int(sys.argv[3]), None if sys.argv[4] == "None" else float(sys.argv[4]))
+    if sys.argv[1:2] == ["--alone"]:
+        alone(*sys.argv[2:])
         return
     options = tyro.cli(Options)
     unknown = [name for name in options.only if name not in PARTS]
