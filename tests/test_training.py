@@ -97,14 +97,14 @@ def test_the_same_command_makes_the_same_bytes_and_another_seed_others(command_l
 
 def wait_for_step(results: Path, step: int) -> None:
     """Wait until a checkpoint at or after ``step`` is on disk."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while time.monotonic() < deadline:
         for path in results.rglob("checkpoint.npz"):
             with np.load(path) as stored:
                 if json.loads(str(stored["state"]))["step"] >= step:
                     return
         time.sleep(0.01)
-    raise AssertionError(f"no checkpoint at step {step} within a minute")
+    raise AssertionError(f"no checkpoint at step {step} in time")
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_a_stopped_run_resumes_to_the_same_bytes(command_line, unbroken, tmp_pat
         process = start_process(*SHORT, "--results-dir", tmp_path)
         wait_for_step(tmp_path, step)
         process.send_signal(number)
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=240)
         assert process.returncode == code, output
         if number != signal.SIGKILL:
             assert f"stopped by {number.name}" in output and "the same command goes on" in output
@@ -147,7 +147,7 @@ def test_a_full_disk_loses_nothing(command_line, unbroken, tmp_path):
         tmp_path,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY)),
     )
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=240)
     assert process.returncode == 1 and "cannot write" in output and "Traceback" not in output
     assert command_line(*SHORT, "--results-dir", tmp_path)[0] == 0
     assert_same_bytes(run_directory(tmp_path), unbroken)
@@ -389,7 +389,7 @@ def test_a_damaged_checkpoint_is_refused_and_left_untouched(command_line, stoppe
 def test_a_checkpoint_of_another_run_is_refused(command_line, stopped, tmp_path):
     other = ["--seed", 1, "--results-dir", tmp_path]
     process = start_process(*SHORT, *other)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while not (found := list(tmp_path.rglob("seed1/checkpoint.npz"))) and time.monotonic() < deadline:
         time.sleep(0.01)
     process.kill()
