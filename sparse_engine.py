@@ -933,7 +933,8 @@ class SparseTD3:
         self.settings = Settings(*map(self.dtype, (args.gamma, args.policy_noise, args.noise_clip)))
         self.losses: dict[str, float] = {}
         self.batch_size = None
-        numba.set_num_threads(min(args.threads, numba.config.NUMBA_NUM_THREADS))
+        if args.threads > 1:  # starting numba's threads would give torch as many, against its own setting
+            numba.set_num_threads(min(args.threads, numba.config.NUMBA_NUM_THREADS))
         self._compile()
 
     def act(self, observation: np.ndarray) -> np.ndarray:
