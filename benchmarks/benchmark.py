@@ -162,7 +162,7 @@ def updates(options: Options) -> str:
         cases += [("DS-TD3, sparse engine", "sparse", sparsity) for sparsity in sparsities]
         agents = {(name, sparsity): make_agent(engine, width, sparsity) for name, engine, sparsity in cases}
         # A thousand updates hold one adaptation; dense torch, without any, is measured for about a second.
-        lengths = {key: 1000 if "sparse" in key[0] else max(4, 300 * 256**2 // width**2) for key in agents}
+        lengths = {key: 1000 if "DS-TD3" in key[0] else max(4, 300 * 256**2 // width**2) for key in agents}
         learners = {key: Learner(agent) for key, (agent, _) in agents.items()}
         blocks = {key: functools.partial(learners[key].update, lengths[key]) for key in agents}
         times = in_turn(blocks, options.repeats)
