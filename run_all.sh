@@ -68,7 +68,7 @@ only=() seeds='' steps='' jobs='' quick='' folder=results list='' line='' slurm=
 while (($#)); do
   case $1 in
     --only | --seeds | --steps | --jobs | --results-dir | --line | --slurm-options)
-      [[ -n $2 ]] || reject "$1 needs a value (--help lists the options)" ;;
+      [[ -n $2 && ($1 == --slurm-options || $2 != --*) ]] || reject "$1 needs a value (--help lists the options)" ;;
   esac
   case $1 in
     --only) only+=("$2"); shift ;;
@@ -90,7 +90,7 @@ results=$folder${quick:+/quick}
 : "${seeds:=${quick:+2}}" "${steps:=${quick:+1500}}"
 : "${seeds:=5}" "${steps:=1000000}" "${jobs:=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)}"
 for option in seeds steps jobs line; do
-  [[ ${!option} =~ ^([1-9][0-9]*)?$ ]] || reject "--$option must be a positive whole number, not ${!option}"
+  [[ ${!option} =~ ^([1-9][0-9]{0,8})?$ ]] || reject "--$option must be a positive whole number, not ${!option} (at most 999999999)"
 done
 least_steps=${quick:+10}
 ((steps >= ${least_steps:=25001})) || reject "--steps must be at least $least_steps, not $steps: learning has to start"
@@ -142,7 +142,7 @@ for ((seed = 0; seed < seeds; seed++)); do
   done <<<"$grid"
 done
 total=${#commands[@]}
-((total > 0)) || reject "no run is of ${only[*]}: --only takes fig1 to fig4, tables, an environment or a method"
+((total > 0)) || reject "no run is of ${only[*]} together: --only takes fig1 to fig4, tables, an environment or a method"
 
 is_finished() { [[ -f ${directories[$1]}/summary.json ]]; }
 is_ready() { [[ -z ${needs[$1]} || -f ${needs[$1]} ]]; }

@@ -48,9 +48,9 @@ class Options:
     repeats: int = 7
     """blocks of each kind whose median counts"""
     core: int | None = None
-    """the core to run on (default: the last one this process may use)"""
+    """the core to run on, else the last one this process may use"""
     only: tuple[str, ...] = ()
-    """parts to run: updates, end_to_end, inference, memory, kernels, threads (default: all)"""
+    """parts to run: updates, end_to_end, inference, memory, kernels, threads; all where none is given"""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -469,7 +469,8 @@ def main() -> None:
     options = tyro.cli(Options)
     unknown = [name for name in options.only if name not in PARTS]
     if unknown:
-        sys.exit(f"benchmark.py: error: there is no part {unknown[0]}: choose from {', '.join(PARTS)}")
+        print(f"benchmark.py: error: there is no part {unknown[0]}: choose from {', '.join(PARTS)}", file=sys.stderr)
+        sys.exit(2)
     options.results_dir.mkdir(parents=True, exist_ok=True)
     os.sched_setaffinity(0, {max(ALLOWED) if options.core is None else options.core})
     torch.set_num_threads(1)
