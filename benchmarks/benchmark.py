@@ -227,12 +227,11 @@ def end_to_end(options: Options) -> str:
             return block / float(process.stdout.readline())
 
         steppers[library] = step
-    folder = Path(tempfile.mkdtemp())
     for name, changes in (
         ("td3", {"method": "td3"}),
         *((f"ds-td3, sparsity {s}", {"sparsity": s}) for s in (0.5, 0.8, 0.9)),
     ):
-        args = dst_td3.resolve(dst_td3.Arguments(learning_starts=1000, device="cpu", results_dir=folder, **changes))
+        args = dst_td3.resolve(dst_td3.Arguments(learning_starts=1000, device="cpu", **changes))
         run = dst_td3.Run(args, dst_td3.RunDirectory(args))
         while run.step < args.learning_starts:
             run.advance()
