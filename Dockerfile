@@ -1,8 +1,9 @@
 # docker build --tag dst-td3 . && docker run --volume "$PWD/results:/results" dst-td3 --quick
 FROM debian:bookworm-slim
 
-# Each run notes the commit that made it, hence git.
-RUN apt-get update && apt-get install --yes --no-install-recommends git make python3 python3-venv \
+# Each run notes the commit that made it, hence git; videos are drawn by OpenGL without a screen.
+RUN apt-get update && apt-get install --yes --no-install-recommends \
+    git libegl1 libgl1-mesa-dri libopengl0 make python3 python3-venv \
     && rm -rf /var/lib/apt/lists/*
 
 # Installed before the code is copied, so that a change of code rebuilds in seconds.

@@ -10,7 +10,8 @@ pieces to TD3, and each is one function here:
 4. ``prune_target``          target networks that stay as sparse as the networks they follow.
 
 The file reads from top to bottom: arguments, topology, masked networks, TD3, environment, accounting, run directory,
-training. ``python dst_td3.py --env Hopper-v4 --sparsity 0.5`` trains; ``--describe`` only prints the networks.
+training, watching. ``python dst_td3.py --env Hopper-v4 --sparsity 0.5`` trains, ``--describe`` only prints the
+networks, ``--watch RUN_DIRECTORY`` shows what was trained.
 """
 
 import copy
@@ -35,7 +36,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Callable
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -146,10 +147,24 @@ class Arguments:
     """also log to Weights & Biases"""
     describe: bool = False
     """print layers, connections, FLOPs and bytes, then leave without training"""
+    watch: Path | None = None
+    """instead of training, show the trained policy of this run directory in MuJoCo's viewer, on the start states of its
+    evaluations, and print the returns"""
+    video: Path | None = None
+    """with --watch: write the --eval-episodes to this .mp4 or .gif file, which needs no screen"""
 
 
 # How a run is stored and shown; none of these changes a number that it computes.
-PRESENTATION = ("results_dir", "tensorboard", "track", "describe", "checkpoint_interval", "snapshot_at")
+PRESENTATION = (
+    "results_dir",
+    "tensorboard",
+    "track",
+    "describe",
+    "checkpoint_interval",
+    "snapshot_at",
+    "watch",
+    "video",
+)
 
 
 def validate(args: Arguments) -> None:
@@ -183,6 +198,8 @@ def validate(args: Arguments) -> None:
         require(proper, "er_lambda", expected)
     if args.sparsity is not None and args.er_lambda is not None:
         raise InputError("--sparsity and --er-lambda both set the number of connections: give one of them")
+    if args.video is not None and args.watch is None:
+        raise InputError("--video shows a trained agent: say which with --watch RUN_DIRECTORY")
     if args.method == "td3" and (args.sparsity is not None or args.er_lambda is not None):
         raise InputError("--method td3 is dense: leave out --sparsity and --er-lambda, or choose ds-td3 or static-td3")
     if args.method == "td3" and args.dense_moments:
@@ -626,7 +643,7 @@ class ReplayBuffer:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def make_environment(name: str) -> gymnasium.Env:
+def make_environment(name: str, render_mode: str | None = None) -> gymnasium.Env:
     """Make a Gymnasium environment that TD3 can act in.
 
     Raises InputError for an unknown name, for observations or actions that are no vectors, and for unbounded actions.
@@ -634,7 +651,7 @@ def make_environment(name: str) -> gymnasium.Env:
     # The paper's tasks are the -v4 ones; that newer versions exist is nothing the user should act on.
     warnings.filterwarnings("ignore", message=".*is out of date.*")
     try:
-        env = gymnasium.make(name, disable_env_checker=True)
+        env = gymnasium.make(name, render_mode=render_mode, disable_env_checker=True)
     except Exception as error:  # an environment's own code can raise anything
         reason = f"no environment {name}"
         if name in gymnasium.registry or ":" in name:
@@ -688,9 +705,12 @@ class ReplayableEnvironment:
 
 
 def evaluate(
-    act: Callable[[np.ndarray], np.ndarray], env: gymnasium.Env, episodes: int, seed: int
+    act: Callable[[np.ndarray], np.ndarray], env: gymnasium.Env, episodes: int, seed: int | None
 ) -> tuple[list[float], list[int]]:
-    """Return the returns and the lengths in steps of noise-free episodes; ``seed`` sets their start states."""
+    """Return the returns and the lengths in steps of noise-free episodes.
+
+    ``seed`` sets their start states; with None they go on from the environment's last ones.
+    """
     returns, lengths = [], []
     for episode in range(episodes):
         observation, _ = env.reset(seed=seed if episode == 0 else None)
@@ -788,7 +808,7 @@ def describe(env: gymnasium.Env, args: Arguments) -> str:
 @contextmanager
 def replaced(path: Path):
     """Open a file to write whose content appears at ``path`` all at once when done, and not at all when it fails."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_suffix(f".tmp{path.suffix}")
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -1286,11 +1306,168 @@ def train(args: Arguments) -> int:
     return 0
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Watching
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+class Watched(gymnasium.Wrapper):
+    """An environment that calls ``show`` in each state it enters."""
+
+    def __init__(self, env: gymnasium.Env, show: Callable[[], None]):
+        super().__init__(env)
+        self.show = show
+
+    def reset(self, **options):
+        """Reset and show."""
+        result = self.env.reset(**options)
+        self.show()
+        return result
+
+    def step(self, action: np.ndarray):
+        """Step and show."""
+        result = self.env.step(action)
+        self.show()
+        return result
+
+
+def is_mujoco(env: gymnasium.Env) -> bool:
+    """Tell whether MuJoCo simulates the environment."""
+    return hasattr(env.unwrapped, "mujoco_renderer")
+
+
+def extend_floor(model) -> None:
+    """Draw the planes of a MuJoCo model 50 times as long. They hold a robot without end, but are drawn for 20 m."""
+    planes = model.geom_type == 0
+    materials = np.unique(model.geom_matid[planes])
+    model.geom_size[planes, :2] *= 50
+    model.mat_texrepeat[materials[materials >= 0]] *= 50
+
+
+@contextmanager
+def viewer(name: str):
+    """Open MuJoCo's viewer and yield an environment that it shows, in real time until the window is closed.
+
+    Without a screen the environment is only simulated. Raises InputError for what is no MuJoCo environment.
+    """
+    with closing(make_environment(name)) as env:
+        if not is_mujoco(env):
+            raise InputError(f"{name} is not simulated by MuJoCo, so its viewer cannot show it: give --video FILE")
+        import glfw
+        import mujoco.viewer
+
+        with warnings.catch_warnings(action="ignore"):
+            screen = glfw.init()
+        if not screen:
+            print("there is no screen to open the viewer on; --video FILE writes a video instead", flush=True)
+            yield env
+            return
+        model, data = env.unwrapped.model, env.unwrapped.data
+        extend_floor(model)
+        with mujoco.viewer.launch_passive(model, data, show_left_ui=False, show_right_ui=False) as window:
+            # The first body of a robot is its torso; if the camera did not follow it, it would leave the picture.
+            window.cam.type, window.cam.trackbodyid = mujoco.mjtCamera.mjCAMERA_TRACKING, 1
+            window.cam.distance = 4
+            shown_at = time.perf_counter()
+
+            def show() -> None:
+                nonlocal shown_at
+                if window.is_running():
+                    time.sleep(max(0.0, shown_at + env.unwrapped.dt - time.perf_counter()))
+                    shown_at = time.perf_counter()
+                    window.sync()
+
+            yield Watched(env, show)
+
+
+def make_drawn_environment(name: str) -> gymnasium.Env:
+    """Make an environment that draws pictures without a screen. Raises InputError where that cannot be."""
+    if sys.platform == "linux":
+        os.environ.setdefault("MUJOCO_GL", "egl")
+    try:
+        env = make_environment(name, "rgb_array")
+        if is_mujoco(env):
+            extend_floor(env.unwrapped.model)
+            # The model's own camera follows the robot; the one that gymnasium takes stays behind.
+            env.unwrapped.mujoco_renderer.camera_id = min(0, env.unwrapped.model.ncam - 1)
+        env.reset()
+        env.render()
+    except Exception as error:  # graphics libraries can raise anything
+        cause = error.__cause__ or error
+        reason = " ".join(str(cause).split()) or type(cause).__name__
+        hint = "MuJoCo needs OpenGL without a screen (Debian: apt install libegl1 libgl1-mesa-dri libopengl0)"
+        raise InputError(f"cannot draw {name}: {reason}; {hint}") from error
+    return env
+
+
+@contextmanager
+def video(name: str, path: Path):
+    """Yield an environment whose states go into a video at ``path``, which appears when all is done.
+
+    Raises InputError when ``path`` is neither .mp4 nor .gif or cannot be written, or nothing can be drawn.
+    """
+    import imageio.v2
+
+    if path.suffix.lower() not in (".mp4", ".gif"):
+        raise InputError(f"--video must end in .mp4 or .gif, not {path}")
+    with closing(make_drawn_environment(name)) as env:
+        # About 25 pictures a second, which every player keeps up with; Hopper has 125 steps a second.
+        every = max(1, round(env.metadata.get("render_fps", 30) / 25))
+        rate = env.metadata.get("render_fps", 30) / every
+        timing = {"duration": 1000 / rate, "loop": 0} if path.suffix.lower() == ".gif" else {"fps": rate}
+        states = itertools.count()
+        try:
+            with (
+                replaced(path) as file,
+                imageio.v2.get_writer(file.name, **timing) as writer,
+                tqdm(unit=" pictures", leave=False, disable=None) as bar,
+            ):
+
+                def show() -> None:
+                    if next(states) % every == 0:
+                        writer.append_data(env.render())
+                        bar.update()
+
+                yield Watched(env, show)
+        except OSError as error:
+            raise InputError(f"cannot write {path}: {error.strerror}") from error
+
+
+def watch(args: Arguments) -> None:
+    """Play episodes of a finished run's policy in the viewer or into a video, and print their returns.
+
+    Their start states are those of the run's evaluations. Raises InputError when the directory holds no finished run
+    and as ``viewer`` and ``video`` do.
+    """
+    allowed = ("watch", "video", "eval_episodes")
+    for field in dataclasses.fields(args):
+        if field.name not in allowed and getattr(args, field.name) != field.default:
+            raise InputError(f"--watch shows a run as it was trained: leave out --{field.name.replace('_', '-')}")
+    try:
+        trained = json.loads((args.watch / "config.json").read_text())["arguments"]
+        name, seed = trained["env"], trained["seed"] + 100
+    except UNREADABLE as error:
+        raise InputError(f"--watch needs the directory of a run, and {args.watch} is none: {error}") from error
+    if not (args.watch / "policy.npz").exists():
+        raise InputError(f"{args.watch} has no policy.npz: a run writes it when it is finished")
+    act = load_policy(args.watch / "policy.npz", name)
+    returns = []
+    with video(name, args.video) if args.video else viewer(name) as env:
+        for episode in range(args.eval_episodes):
+            (total,), (length,) = evaluate(act, env, 1, None if episode else seed)
+            print(f"episode {episode + 1:>3}  return {total:9.1f}  {length:,} steps", flush=True)
+            returns.append(total)
+    print(f"mean return {np.mean(returns):.1f} +- {np.std(returns):.1f}")
+
+
 def main() -> int:
     """Run the command line and return its exit code."""
     args = tyro.cli(Arguments, prog="dst_td3.py")
     try:
         validate(args)
+        if args.watch is not None:
+            watch(args)
+            return 0
         args = resolve(args)
         if args.describe:
             print(describe(make_environment(args.env), args))

@@ -1,5 +1,6 @@
 """What several test files share: running the command line, in this process or in one of its own."""
 
+import csv
 import signal
 import subprocess
 import sys
@@ -53,3 +54,19 @@ def run_directory(results: Path) -> Path:
     """Return the only run directory below ``results``."""
     (config,) = results.rglob("config.json")
     return config.parent
+
+
+def rows_of(path: Path) -> list[dict]:
+    """Return the rows of a CSV file."""
+    with open(path) as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="session")
+def unbroken(tmp_path_factory) -> Path:
+    """The run directory of a short run that nothing disturbed."""
+    results = tmp_path_factory.mktemp("unbroken")
+    process = start_process(*SHORT, "--results-dir", results)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    return run_directory(results)

@@ -1,6 +1,5 @@
 """Whole runs: they learn, repeat themselves to the byte, survive anything, and refuse what they cannot use."""
 
-import csv
 import json
 import resource
 import shutil
@@ -11,31 +10,16 @@ from pathlib import Path
 import gymnasium
 import numpy as np
 import pytest
-from conftest import SHORT, run_directory, start_process
+from conftest import SHORT, rows_of, run_directory, start_process
 
 import dst_td3
 
 REPEATED = ("evaluations.csv", "topology.csv", "policy.npz")
 
 
-@pytest.fixture(scope="session")
-def unbroken(tmp_path_factory) -> Path:
-    """The run directory of a short run that nothing disturbed."""
-    results = tmp_path_factory.mktemp("unbroken")
-    process = start_process(*SHORT, "--results-dir", results)
-    output, _ = process.communicate()
-    assert process.returncode == 0, output
-    return run_directory(results)
-
-
 def assert_same_bytes(directory: Path, other: Path) -> None:
     for name in REPEATED:
         assert (directory / name).read_bytes() == (other / name).read_bytes(), name
-
-
-def rows_of(path: Path) -> list[dict]:
-    with open(path) as file:
-        return list(csv.DictReader(file))
 
 
 # Learning

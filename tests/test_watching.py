@@ -1,0 +1,133 @@
+"""Watching trained agents: their returns, the videos, and what cannot be shown."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import imageio.v3
+import numpy as np
+import pytest
+from conftest import PROGRAM, SHORT, rows_of, run_directory
+from gymnasium.envs.mujoco.hopper_v4 import HopperEnv
+
+import dst_td3
+
+NO_SCREEN = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "WAYLAND_DISPLAY", "MUJOCO_GL")}
+
+
+def can_draw() -> bool:
+    """Whether MuJoCo can draw off-screen here, tried apart since graphics libraries can take a process with them."""
+    program = "import mujoco.egl; mujoco.egl.GLContext(64, 64).make_current()"
+    return subprocess.run([sys.executable, "-c", program], env=NO_SCREEN, capture_output=True).returncode == 0
+
+
+needs_drawing = pytest.mark.skipif(
+    not can_draw(), reason="there is no off-screen OpenGL (Debian: libegl1 libgl1-mesa-dri libopengl0)"
+)
+
+
+def watch(*arguments: object) -> subprocess.CompletedProcess:
+    """Watch in a process of its own, since MuJoCo fixes at its import how it draws."""
+    command = [sys.executable, PROGRAM, "--watch", *map(str, arguments)]
+    return subprocess.run(command, env=NO_SCREEN, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="session")
+def stand(tmp_path_factory):
+    """The directory of a finished masked run whose Hopper falls after some tens of steps."""
+    results = tmp_path_factory.mktemp("watched")
+    command = [sys.executable, PROGRAM, *SHORT, "--engine", "masked", "--results-dir", results]
+    subprocess.run(command, check=True, capture_output=True)
+    return run_directory(results)
+
+
+def test_watching_repeats_the_last_evaluation_without_a_screen_too(stand):
+    last = rows_of(stand / "evaluations.csv")[-1]
+    shown = watch(stand, "--eval-episodes", 2)
+    assert shown.returncode == 0, shown.stderr
+    assert shown.stderr == ""
+    assert shown.stdout.startswith("there is no screen")
+    expected = f"mean return {float(last['return_mean']):.1f} +- {float(last['return_std']):.1f}"
+    assert shown.stdout.splitlines()[-1] == expected
+    assert len(shown.stdout.splitlines()) == 4
+
+
+# imageio's reader of .mp4 leaves its pipes to the garbage collector.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@needs_drawing
+@pytest.mark.parametrize("suffix", ["gif", "mp4"])
+def test_a_video_shows_the_episode_in_real_time(stand, tmp_path, suffix):
+    path = tmp_path / f"agent.{suffix}"
+    shown = watch(stand, "--video", path, "--eval-episodes", 1)
+    assert shown.returncode == 0 and shown.stderr == "", shown.stderr
+    steps = int(shown.stdout.split()[4])
+    with imageio.v3.imopen(path, "r") as file:
+        pictures, metadata = list(file.iter()), file.metadata()
+    # Hopper has 125 steps a second; its reset is the first state.
+    assert len(pictures) == steps // 5 + 1 > 1
+    assert metadata.get("fps") == 25 or metadata["duration"] == 40
+    assert not np.array_equal(pictures[0], pictures[-1])
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_drawing_changes_no_return():
+    """The floor is drawn longer; the robot must not feel it, beyond the end of the drawn one either."""
+    returns = []
+    for extended in (False, True):
+        env = dst_td3.make_environment("HalfCheetah-v4")
+        if extended:
+            dst_td3.extend_floor(env.unwrapped.model)
+        env.reset(seed=0)
+        position = env.unwrapped.data.qpos.copy()
+        position[0] = 39.5
+        env.unwrapped.set_state(position, env.unwrapped.data.qvel.copy())
+        rng = np.random.default_rng(0)
+        returns.append([env.step(rng.uniform(-1, 1, 6))[1] for _ in range(300)])
+        env.close()
+    assert returns[0] == returns[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("--watch {empty}", "needs the directory of a run"),
+        ("--watch {run} --video {empty}/agent.avi", "must end in .mp4 or .gif"),
+        ("--watch {run} --seed 1", "leave out --seed"),
+        ("--watch {run} --eval-episodes 0", "--eval-episodes must be"),
+        ("--video agent.gif", "--watch RUN_DIRECTORY"),
+        ("--watch {unfinished}", "when it is finished"),
+    ],
+)
+def test_what_cannot_be_watched_is_said_in_one_line(command_line, stand, tmp_path, arguments, expected):
+    unfinished = tmp_path / "unfinished"
+    unfinished.mkdir()
+    shutil.copy(stand / "config.json", unfinished)
+    filled = arguments.format(run=stand, empty=tmp_path, unfinished=unfinished)
+    code, output, error = command_line(*filled.split())
+    assert (code, output) == (2, "")
+    assert expected in error and error.count("\n") == 1
+
+
+@needs_drawing
+def test_a_video_that_cannot_be_written_is_said(stand, tmp_path):
+    shown = watch(stand, "--video", tmp_path / "missing" / "agent.gif")
+    assert shown.returncode == 2
+    assert shown.stderr.count("\n") == 1 and "cannot write" in shown.stderr
+
+
+def test_missing_graphics_are_said(stand, tmp_path, command_line, monkeypatch):
+    def fail(self):
+        raise ImportError("no such library")
+
+    monkeypatch.setattr(HopperEnv, "render", fail)
+    monkeypatch.setenv("MUJOCO_GL", "egl")
+    code, _, error = command_line("--watch", stand, "--video", tmp_path / "agent.gif")
+    assert code == 2
+    assert "cannot draw Hopper-v4: no such library" in error and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_viewer_is_for_mujoco():
+    with pytest.raises(dst_td3.InputError, match="not simulated by MuJoCo"), dst_td3.viewer("Pendulum-v1"):
+        pass
