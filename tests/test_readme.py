@@ -1,0 +1,77 @@
+"""README.md against the code and the results it speaks of, so that it cannot fall behind them."""
+
+import ast
+import json
+import re
+import statistics
+from pathlib import Path
+
+import pytest
+
+import dst_td3
+
+ROOT = Path(dst_td3.__file__).parent
+README = (ROOT / "README.md").read_text()
+
+
+def definitions(path: Path) -> dict[str, int]:
+    """Return the line of each function and class of a file, methods as Class.method."""
+    lines = {}
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            lines[node.name] = node.lineno
+            for inner in getattr(node, "body", []) if isinstance(node, ast.ClassDef) else []:
+                if isinstance(inner, ast.FunctionDef):
+                    lines[f"{node.name}.{inner.name}"] = inner.lineno
+    return lines
+
+
+def test_the_map_from_the_paper_to_the_code_names_the_right_lines():
+    links = re.findall(r"\[`([\w.]+)`\]\((\w+\.py)#L(\d+)\)", README)
+    assert {"erdos_renyi_topology", "adaptation_due", "drop_and_grow", "prune_target"} <= {name for name, _, _ in links}
+    lines = {path: definitions(ROOT / path) for path in {path for _, path, _ in links}}
+    wrong = [f"{name}: {path}#L{lines[path].get(name)}" for name, path, n in links if lines[path].get(name) != int(n)]
+    assert not wrong, "these links of README.md should be " + ", ".join(wrong)
+
+
+def test_the_map_links_all_it_names():
+    code_map = README.split("## Read the code")[1].split("\n\n")[2]
+    assert code_map.startswith("| paper |")
+    assert not re.findall(r"(?<!\[)`[\w.]+`", code_map.replace("`lambda", ""))
+
+
+def test_every_file_it_points_to_exists():
+    targets = re.findall(r"\]\(([^)#]+)", README) + re.findall(r'src="([^"]+)"', README)
+    assert len(targets) > 10
+    assert [target for target in targets if not (ROOT / target).exists()] == []
+
+
+def test_its_python_runs(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    names = {}
+    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    for block in blocks:
+        exec(block, names)
+    assert len(blocks) == 2
+    assert names["env"].action_space.contains(names["action"])
+    assert names["mask"].sum() == names["connections"][1]
+
+
+def front_table() -> list[list[str]]:
+    lines = [line for line in README.split("## Install")[0].splitlines() if re.match(r"\| \w+-v4 ", line)]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+@pytest.mark.parametrize("row", front_table(), ids=lambda row: f"{row[0]} {row[1]}")
+def test_the_front_table_is_what_the_results_say(row):
+    env, method, seeds, our_return, _, our_lca, _ = row
+    paths = (ROOT / "results" / env / method.lower()).glob("seed*/summary.json")
+    summaries = [json.loads(path.read_text()) for path in paths]
+    assert len(summaries) == int(seeds)
+    assert f"{statistics.mean(s['final_return'] for s in summaries):,.0f}" == our_return.split(" ± ")[0]
+    assert f"{statistics.mean(s['lca'] for s in summaries):.3f}" == our_lca
+
+
+def test_the_front_table_has_every_result():
+    finished = {path.parts[-4:-2] for path in (ROOT / "results").glob("*-v4/*td3/seed*/summary.json")}
+    assert {(row[0], row[1].lower()) for row in front_table()} == finished
