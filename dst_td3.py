@@ -643,15 +643,15 @@ class ReplayBuffer:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def make_environment(name: str, render_mode: str | None = None) -> gymnasium.Env:
-    """Make a Gymnasium environment that TD3 can act in.
+def make_environment(name: str, **options) -> gymnasium.Env:
+    """Make a Gymnasium environment that TD3 can act in; ``options`` are those of ``gymnasium.make``.
 
     Raises InputError for an unknown name, for observations or actions that are no vectors, and for unbounded actions.
     """
     # The paper's tasks are the -v4 ones; that newer versions exist is nothing the user should act on.
     warnings.filterwarnings("ignore", message=".*is out of date.*")
     try:
-        env = gymnasium.make(name, render_mode=render_mode, disable_env_checker=True)
+        env = gymnasium.make(name, disable_env_checker=True, **options)
     except Exception as error:  # an environment's own code can raise anything
         reason = f"no environment {name}"
         if name in gymnasium.registry or ":" in name:
@@ -705,18 +705,24 @@ class ReplayableEnvironment:
 
 
 def evaluate(
-    act: Callable[[np.ndarray], np.ndarray], env: gymnasium.Env, episodes: int, seed: int | None
+    act: Callable[[np.ndarray], np.ndarray],
+    env: gymnasium.Env,
+    episodes: int,
+    seed: int | None,
+    show: Callable[[], None] = lambda: None,
 ) -> tuple[list[float], list[int]]:
-    """Return the returns and the lengths in steps of noise-free episodes.
+    """Return the returns and the lengths in steps of noise-free episodes, and call ``show`` after each reset and step.
 
     ``seed`` sets their start states; with None they go on from the environment's last ones.
     """
     returns, lengths = [], []
     for episode in range(episodes):
         observation, _ = env.reset(seed=seed if episode == 0 else None)
+        show()
         total, length, done = 0.0, 0, False
         while not done:
             observation, reward, terminated, truncated, _ = env.step(act(observation))
+            show()
             total, length, done = total + float(reward), length + 1, terminated or truncated
         returns.append(total)
         lengths.append(length)
@@ -742,6 +748,17 @@ class NetworkSizes(NamedTuple):
         return sum(self.actor_connections) + 2 * sum(self.critic_connections)
 
     @property
+    def dense(self) -> "NetworkSizes":
+        """The same networks with every connection."""
+        full = ([i * o for i, o in itertools.pairwise(sizes)] for sizes in (self.actor, self.critic))
+        return NetworkSizes(self.actor, self.critic, *full)
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of all connections, the dense output layers' included, that the agent goes without."""
+        return 1 - self.connections / self.dense.connections
+
+    @property
     def biases(self) -> int:
         """Biases of the actor and both critics."""
         return sum(self.actor[1:]) + 2 * sum(self.critic[1:])
@@ -764,14 +781,10 @@ def network_sizes(env: gymnasium.Env, args: Arguments) -> NetworkSizes:
     return NetworkSizes(actor, critic, *counts)
 
 
-def dense(args: Arguments) -> Arguments:
-    """Return the same arguments for dense networks."""
-    return dataclasses.replace(args, method="td3", sparsity=None, er_lambda=None)
-
-
 def describe(env: gymnasium.Env, args: Arguments) -> str:
     """Tabulate each layer's shape, connections and sparsity, then #params, training FLOPs and bytes."""
-    ours, full = network_sizes(env, args), network_sizes(env, dense(args))
+    ours = network_sizes(env, args)
+    full = ours.dense
     lines = [f"{args.env}, {variant(args)}", f"{'layer':<12}{'shape':>12}{'connections':>14}{'sparsity':>10}"]
     for name, sizes, counts in (
         ("actor", ours.actor, ours.actor_connections),
@@ -790,9 +803,8 @@ def describe(env: gymnasium.Env, args: Arguments) -> str:
     sparse_bytes = 20 * (ours.connections + ours.biases) + 8 * ours.connections
     row_bytes = 4 * (2 * ours.actor[0] + ours.actor[-1] + 2)
     buffer_bytes = row_bytes * min(args.buffer_size, args.total_timesteps)
-    sparsity = 1 - ours.connections / full.connections
     lines += [
-        f"#params    {ours.connections:,} connections of {full.connections:,} (sparsity {sparsity:.2f})",
+        f"#params    {ours.connections:,} connections of {full.connections:,} (sparsity {ours.sparsity:.2f})",
         f"FLOPs      {flops:.3g} for training, {flops / dense_flops:.2f}x dense",
         f"bytes      {masked_bytes / 1e6:.1f} MB of agent state with masks, {sparse_bytes / 1e6:.1f} MB as connections "
         f"alone, {buffer_bytes / 1e6:,.0f} MB of replay buffer (estimated)",
@@ -972,8 +984,7 @@ class Run:
         self.rng = np.random.default_rng(args.seed)
         env, self.evaluation_env = make_environment(args.env), make_environment(args.env)
         self.bounds = (env.action_space.low.astype(np.float32), env.action_space.high.astype(np.float32))
-        self.sizes, self.dense_sizes = network_sizes(env, args), network_sizes(env, dense(args))
-        self.sparsity = 1 - self.sizes.connections / self.dense_sizes.connections
+        self.sizes = network_sizes(env, args)
         actor = initial_layers(self.sizes.actor, self.sizes.actor_connections, self.rng)
         critics = initial_layers(self.sizes.critic, self.sizes.critic_connections, self.rng, networks=(2,))
         if args.engine == "sparse":
@@ -1165,9 +1176,9 @@ class Run:
         returns = [row["return_mean"] for row in self.tables["evaluations"]]
         summary = {
             "connections": self.sizes.connections,
-            "sparsity": self.sparsity,
+            "sparsity": self.sizes.sparsity,
             "training_flops": self.sizes.training_flops(self.args),
-            "training_flops_of_dense": self.dense_sizes.training_flops(self.args),
+            "training_flops_of_dense": self.sizes.dense.training_flops(self.args),
             "final_return": float(np.mean(returns[-10:])),
             "lca": sum(returns) / self.args.total_timesteps,
             "evaluations": len(returns),
@@ -1203,7 +1214,7 @@ class Progress:
 
     def __init__(self, run: Run):
         args, directory = run.args, run.directory
-        self.total, self.sparsity = args.total_timesteps, run.sparsity
+        self.total, self.sparsity = args.total_timesteps, run.sizes.sparsity
         self.loggers: list[Callable[[int, dict[str, float]], None]] = []
         self.closing = ExitStack()
         if args.tensorboard:
@@ -1311,31 +1322,6 @@ def train(args: Arguments) -> int:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-class Watched(gymnasium.Wrapper):
-    """An environment that calls ``show`` in each state it enters."""
-
-    def __init__(self, env: gymnasium.Env, show: Callable[[], None]):
-        super().__init__(env)
-        self.show = show
-
-    def reset(self, **options):
-        """Reset and show."""
-        result = self.env.reset(**options)
-        self.show()
-        return result
-
-    def step(self, action: np.ndarray):
-        """Step and show."""
-        result = self.env.step(action)
-        self.show()
-        return result
-
-
-def is_mujoco(env: gymnasium.Env) -> bool:
-    """Tell whether MuJoCo simulates the environment."""
-    return hasattr(env.unwrapped, "mujoco_renderer")
-
-
 def extend_floor(model) -> None:
     """Draw the planes of a MuJoCo model 50 times as long. They hold a robot without end, but are drawn for 20 m."""
     planes = model.geom_type == 0
@@ -1346,26 +1332,27 @@ def extend_floor(model) -> None:
 
 @contextmanager
 def viewer(name: str):
-    """Open MuJoCo's viewer and yield an environment that it shows, in real time until the window is closed.
+    """Yield a MuJoCo environment and a function that shows its state in MuJoCo's viewer, at the speed of real time.
 
-    Without a screen the environment is only simulated. Raises InputError for what is no MuJoCo environment.
+    Without a screen, or when the window is closed, the function does nothing. Raises InputError for an environment
+    without MuJoCo.
     """
-    with closing(make_environment(name)) as env:
-        if not is_mujoco(env):
-            raise InputError(f"{name} is not simulated by MuJoCo, so its viewer cannot show it: give --video FILE")
-        import glfw
-        import mujoco.viewer
+    import glfw
+    import mujoco.viewer
 
+    with closing(make_environment(name)) as env:
+        if not hasattr(env.unwrapped, "mujoco_renderer"):
+            raise InputError(f"{name} is not simulated by MuJoCo, so its viewer cannot show it: give --video FILE")
         with warnings.catch_warnings(action="ignore"):
             screen = glfw.init()
         if not screen:
             print("there is no screen to open the viewer on; --video FILE writes a video instead", flush=True)
-            yield env
+            yield env, lambda: None
             return
-        model, data = env.unwrapped.model, env.unwrapped.data
+        model, data, seconds = env.unwrapped.model, env.unwrapped.data, env.unwrapped.dt
         extend_floor(model)
         with mujoco.viewer.launch_passive(model, data, show_left_ui=False, show_right_ui=False) as window:
-            # The first body of a robot is its torso; if the camera did not follow it, it would leave the picture.
+            # The first body of a robot is its torso; a camera that did not follow it would lose it.
             window.cam.type, window.cam.trackbodyid = mujoco.mjtCamera.mjCAMERA_TRACKING, 1
             window.cam.distance = 4
             shown_at = time.perf_counter()
@@ -1373,11 +1360,11 @@ def viewer(name: str):
             def show() -> None:
                 nonlocal shown_at
                 if window.is_running():
-                    time.sleep(max(0.0, shown_at + env.unwrapped.dt - time.perf_counter()))
+                    time.sleep(max(0.0, shown_at + seconds - time.perf_counter()))
                     shown_at = time.perf_counter()
                     window.sync()
 
-            yield Watched(env, show)
+            yield env, show
 
 
 def make_drawn_environment(name: str) -> gymnasium.Env:
@@ -1385,8 +1372,8 @@ def make_drawn_environment(name: str) -> gymnasium.Env:
     if sys.platform == "linux":
         os.environ.setdefault("MUJOCO_GL", "egl")
     try:
-        env = make_environment(name, "rgb_array")
-        if is_mujoco(env):
+        env = make_environment(name, render_mode="rgb_array")
+        if hasattr(env.unwrapped, "mujoco_renderer"):
             extend_floor(env.unwrapped.model)
             # The model's own camera follows the robot; the one that gymnasium takes stays behind.
             env.unwrapped.mujoco_renderer.camera_id = min(0, env.unwrapped.model.ncam - 1)
@@ -1402,7 +1389,7 @@ def make_drawn_environment(name: str) -> gymnasium.Env:
 
 @contextmanager
 def video(name: str, path: Path):
-    """Yield an environment whose states go into a video at ``path``, which appears when all is done.
+    """Yield an environment and a function that adds its state to the video at ``path``, which appears when all is done.
 
     Raises InputError when ``path`` is neither .mp4 nor .gif or cannot be written, or nothing can be drawn.
     """
@@ -1420,15 +1407,15 @@ def video(name: str, path: Path):
             with (
                 replaced(path) as file,
                 imageio.v2.get_writer(file.name, **timing) as writer,
-                tqdm(unit=" pictures", leave=False, disable=None) as bar,
+                tqdm(unit=" steps", leave=False, disable=None) as bar,
             ):
 
                 def show() -> None:
                     if next(states) % every == 0:
                         writer.append_data(env.render())
-                        bar.update()
+                    bar.update()
 
-                yield Watched(env, show)
+                yield env, show
         except OSError as error:
             raise InputError(f"cannot write {path}: {error.strerror}") from error
 
@@ -1439,9 +1426,8 @@ def watch(args: Arguments) -> None:
     Their start states are those of the run's evaluations. Raises InputError when the directory holds no finished run
     and as ``viewer`` and ``video`` do.
     """
-    allowed = ("watch", "video", "eval_episodes")
     for field in dataclasses.fields(args):
-        if field.name not in allowed and getattr(args, field.name) != field.default:
+        if field.name not in ("watch", "video", "eval_episodes") and getattr(args, field.name) != field.default:
             raise InputError(f"--watch shows a run as it was trained: leave out --{field.name.replace('_', '-')}")
     try:
         trained = json.loads((args.watch / "config.json").read_text())["arguments"]
@@ -1452,10 +1438,10 @@ def watch(args: Arguments) -> None:
         raise InputError(f"{args.watch} has no policy.npz: a run writes it when it is finished")
     act = load_policy(args.watch / "policy.npz", name)
     returns = []
-    with video(name, args.video) if args.video else viewer(name) as env:
+    with video(name, args.video) if args.video else viewer(name) as (env, show):
         for episode in range(args.eval_episodes):
-            (total,), (length,) = evaluate(act, env, 1, None if episode else seed)
-            print(f"episode {episode + 1:>3}  return {total:9.1f}  {length:,} steps", flush=True)
+            (total,), (length,) = evaluate(act, env, 1, None if episode else seed, show)
+            tqdm.write(f"episode {episode + 1:>3}  return {total:9.1f}  {length:,} steps")
             returns.append(total)
     print(f"mean return {np.mean(returns):.1f} +- {np.std(returns):.1f}")
 
