@@ -66,6 +66,7 @@ reject() {
 original_arguments=$*
 only=() seeds='' steps='' jobs='' quick='' folder=results list='' line='' slurm='' slurm_options=''
 while (($#)); do
+  [[ $1 != --*=* ]] || set -- "${1%%=*}" "${1#*=}" "${@:2}"
   case $1 in
     --only | --seeds | --steps | --jobs | --results-dir | --line | --slurm-options)
       [[ -n $2 && ($1 == --slurm-options || $2 != --*) ]] || reject "$1 needs a value (--help lists the options)" ;;

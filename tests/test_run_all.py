@@ -107,7 +107,7 @@ def test_list_covers_the_papers_grid_once():
     ],
 )
 def test_only_narrows_to_what_a_figure_needs(only, count):
-    options = [word for name in only for word in ("--only", name)]
+    options = [f"--only={name}" for name in only]
     listed = commands("--seeds", 2, *options)
     assert len(listed) == 2 * count
     made = {directory(a) for a in listed}
