@@ -19,7 +19,7 @@ ENVIRONMENTS = ("HalfCheetah-v4", "Walker2d-v4", "Hopper-v4", "Ant-v4", "Humanoi
 METHODS = {"td3": "TD3", "static-td3": "Static-TD3", "ds-td3": "DS-TD3"}
 FIGURES = (
     *("fig1_learning_curves", "fig2_adapt_interval", "fig3_sparsity", "fig4_initial_policy"),
-    *("wall_clock", "seconds_and_bytes", "topology_alive", "topology_inputs"),
+    *("dense_moments", "wall_clock", "seconds_and_bytes", "topology_alive", "topology_inputs"),
 )
 
 
@@ -257,6 +257,10 @@ def test_partial_results_are_used_and_named(tmp_path):
     # What is no part of the paper stays out of its figures.
     write_run(tmp_path, "Ant-v4", "ds-td3_dense-moments=True", 0, one)
     write_run(tmp_path / "quick", "Walker2d-v4", "td3", 0, one)
+    # Dense moments are held against runs of their own length.
+    write_run(tmp_path, "HalfCheetah-v4", "ds-td3", 0, one)
+    for variant, returns in zip(("ds-td3", "ds-td3_dense-moments=True"), short, strict=True):
+        write_run(tmp_path, "HalfCheetah-v4", f"{variant}_total-timesteps=100000", 0, returns, total=100_000)
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "benchmarks" / "updates.csv").write_text("other,columns\n1,2\n")
 
@@ -274,6 +278,8 @@ def test_partial_results_are_used_and_named(tmp_path):
         ("0", "245,000 of 1,000,000"),
         ("1", "-"),
     ]
+    last_ten = [f"{statistics.mean(returns[-10:]):,.1f}" for returns in short]
+    assert [row["return"] for row in tables["dense_moments"]] == last_ten
     text = (tmp_path / "analysis.ipynb").read_text()
     for seed in (2, 3, 4):
         assert f"{tmp_path}/Ant-v4/td3/seed{seed}` (" in text
