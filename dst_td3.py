@@ -156,14 +156,8 @@ class Arguments:
 
 # How a run is stored and shown; none of these changes a number that it computes.
 PRESENTATION = (
-    "results_dir",
-    "tensorboard",
-    "track",
-    "describe",
-    "checkpoint_interval",
-    "snapshot_at",
-    "watch",
-    "video",
+    *("results_dir", "checkpoint_interval", "snapshot_at", "tensorboard", "track"),
+    *("describe", "watch", "video"),
 )
 
 
