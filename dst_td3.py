@@ -647,12 +647,14 @@ def make_environment(name: str, **options) -> gymnasium.Env:
     try:
         env = gymnasium.make(name, disable_env_checker=True, **options)
     except Exception as error:  # an environment's own code can raise anything
-        reason = f"no environment {name}"
         if name in gymnasium.registry or ":" in name:
             reason = f"environment {name} cannot be made: {' '.join(str(error).split()) or type(error).__name__}"
-        near = [other for other in difflib.get_close_matches(name, gymnasium.registry, n=4) if other != name]
-        hint = f"did you mean {' or '.join(near)}?" if near else "see gymnasium.pprint_registry() for the known ones"
-        raise InputError(f"{reason}; {hint}") from error
+            near = [other for other in PAPER_LAMBDA if other != name and other[:-1] == name[:-1]]
+        else:
+            reason = f"no environment {name}; see gymnasium.pprint_registry() for the known ones"
+            near = difflib.get_close_matches(name, gymnasium.registry, n=4)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise InputError(f"{reason}{hint}") from error
     for kind, space in (("observations", env.observation_space), ("actions", env.action_space)):
         if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1:
             raise InputError(f"{name} has {kind} in {space}: TD3 needs a vector of real numbers (a Box of one axis)")
@@ -814,7 +816,7 @@ def describe(env: gymnasium.Env, args: Arguments) -> str:
 @contextmanager
 def replaced(path: Path):
     """Open a file to write whose content appears at ``path`` all at once when done, and not at all when it fails."""
-    temporary = path.with_suffix(f".tmp{path.suffix}")
+    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -1287,12 +1289,13 @@ def train(args: Arguments) -> int:
     # Moments and target weights that decay towards zero become denormal, which slows a CPU many times over.
     torch.set_flush_denormal(True)
     directory = RunDirectory(args)
+    if directory.finished:
+        with directory.opened():
+            directory.remove_working_files()
+        print(f"{directory.path} is finished already: nothing to do")
+        return 0
     run = Run(args, directory)
     with directory.opened():
-        if directory.finished:
-            directory.remove_working_files()
-            print(f"{directory.path} is finished already: nothing to do")
-            return 0
         run.load()
         signals, progress = StopSignals(), Progress(run)
         try:
@@ -1308,6 +1311,7 @@ def train(args: Arguments) -> int:
         return 128 + signals.received
     summary = json.loads((directory.path / "summary.json").read_text())
     print(f"final return {summary['final_return']:.1f}, LCA {summary['lca']:.4f}: {directory.path}")
+    print(f"to see it: python dst_td3.py --watch {directory.path}")
     return 0
 
 
@@ -1318,7 +1322,7 @@ def train(args: Arguments) -> int:
 
 def extend_floor(model) -> None:
     """Draw the planes of a MuJoCo model 50 times as long. They hold a robot without end, but are drawn for 20 m."""
-    planes = model.geom_type == 0
+    planes = model.geom_type == 0  # mjGEOM_PLANE
     materials = np.unique(model.geom_matid[planes])
     model.geom_size[planes, :2] *= 50
     model.mat_texrepeat[materials[materials >= 0]] *= 50
@@ -1331,18 +1335,18 @@ def viewer(name: str):
     Without a screen, or when the window is closed, the function does nothing. Raises InputError for an environment
     without MuJoCo.
     """
-    import glfw
-    import mujoco.viewer
-
     with closing(make_environment(name)) as env:
-        if not hasattr(env.unwrapped, "mujoco_renderer"):
-            raise InputError(f"{name} is not simulated by MuJoCo, so its viewer cannot show it: give --video FILE")
+        import glfw
+        import mujoco.viewer
+
         with warnings.catch_warnings(action="ignore"):
             screen = glfw.init()
         if not screen:
             print("there is no screen to open the viewer on; --video FILE writes a video instead", flush=True)
             yield env, lambda: None
             return
+        if not hasattr(env.unwrapped, "mujoco_renderer"):
+            raise InputError(f"{name} is not simulated by MuJoCo, so its viewer cannot show it: give --video FILE")
         model, data, seconds = env.unwrapped.model, env.unwrapped.data, env.unwrapped.dt
         extend_floor(model)
         with mujoco.viewer.launch_passive(model, data, show_left_ui=False, show_right_ui=False) as window:
@@ -1376,7 +1380,8 @@ def make_drawn_environment(name: str) -> gymnasium.Env:
     except Exception as error:  # graphics libraries can raise anything
         cause = error.__cause__ or error
         reason = " ".join(str(cause).split()) or type(cause).__name__
-        hint = "MuJoCo needs OpenGL without a screen (Debian: apt install libegl1 libgl1-mesa-dri libopengl0)"
+        packages = "Debian's are libegl1 libgl1-mesa-dri libopengl0"
+        hint = f"MuJoCo needs the libraries of MUJOCO_GL={os.environ.get('MUJOCO_GL')} ({packages} for egl)"
         raise InputError(f"cannot draw {name}: {reason}; {hint}") from error
     return env
 
@@ -1389,8 +1394,8 @@ def video(name: str, path: Path):
     """
     import imageio.v2
 
-    if path.suffix.lower() not in (".mp4", ".gif"):
-        raise InputError(f"--video must end in .mp4 or .gif, not {path}")
+    if path.suffix.lower() not in (".mp4", ".gif") or path.is_dir():
+        raise InputError(f"--video must be a file that ends in .mp4 or .gif, not {path}")
     with closing(make_drawn_environment(name)) as env:
         # About 25 pictures a second, which every player keeps up with; Hopper has 125 steps a second.
         every = max(1, round(env.metadata.get("render_fps", 30) / 25))
@@ -1413,7 +1418,7 @@ def video(name: str, path: Path):
 
                 yield env, show
         except OSError as error:
-            raise InputError(f"cannot write {path}: {error.strerror}") from error
+            raise InputError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def watch(args: Arguments) -> None:

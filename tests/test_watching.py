@@ -2,9 +2,11 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 
+import glfw
 import imageio.v3
 import numpy as np
 import pytest
@@ -27,10 +29,10 @@ needs_drawing = pytest.mark.skipif(
 )
 
 
-def watch(*arguments: object) -> subprocess.CompletedProcess:
+def watch(*arguments: object, **variables: str) -> subprocess.CompletedProcess:
     """Watch in a process of its own, since MuJoCo fixes at its import how it draws."""
     command = [sys.executable, PROGRAM, "--watch", *map(str, arguments)]
-    return subprocess.run(command, env=NO_SCREEN, capture_output=True, text=True)
+    return subprocess.run(command, env=NO_SCREEN | variables, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="session")
@@ -92,7 +94,8 @@ def test_drawing_changes_no_return():
     ("arguments", "expected"),
     [
         ("--watch {empty}", "needs the directory of a run"),
-        ("--watch {run} --video {empty}/agent.avi", "must end in .mp4 or .gif"),
+        ("--watch {run} --video {empty}/agent.avi", "must be a file that ends in .mp4 or .gif"),
+        ("--watch {run} --video {folder}", "must be a file that ends in .mp4 or .gif"),
         ("--watch {run} --seed 1", "leave out --seed"),
         ("--watch {run} --eval-episodes 0", "--eval-episodes must be"),
         ("--video agent.gif", "--watch RUN_DIRECTORY"),
@@ -103,7 +106,9 @@ def test_what_cannot_be_watched_is_said_in_one_line(command_line, stand, tmp_pat
     unfinished = tmp_path / "unfinished"
     unfinished.mkdir()
     shutil.copy(stand / "config.json", unfinished)
-    filled = arguments.format(run=stand, empty=tmp_path, unfinished=unfinished)
+    folder = tmp_path / "folder.gif"
+    folder.mkdir()
+    filled = arguments.format(run=stand, empty=tmp_path, unfinished=unfinished, folder=folder)
     code, output, error = command_line(*filled.split())
     assert (code, output) == (2, "")
     assert expected in error and error.count("\n") == 1
@@ -128,6 +133,27 @@ def test_missing_graphics_are_said(stand, tmp_path, command_line, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_viewer_is_for_mujoco():
+@pytest.mark.parametrize("further", [(), ("--video", "agent.gif")])
+def test_an_impossible_way_to_draw_is_said(stand, tmp_path, further):
+    shown = watch(stand, *further, MUJOCO_GL="crayons")
+    assert shown.returncode == 2
+    assert shown.stderr.count("\n") == 1 and "crayons" in shown.stderr
+
+
+@needs_drawing
+def test_a_stopped_video_leaves_the_old_one(stand, tmp_path):
+    path = tmp_path / "agent.gif"
+    path.write_bytes(b"old")
+    command = [sys.executable, PROGRAM, "--watch", stand, "--video", path, "--eval-episodes", "100000"]
+    process = subprocess.Popen(command, env=NO_SCREEN, stdout=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    process.communicate()
+    assert process.returncode == 130
+    assert os.listdir(tmp_path) == [path.name] and path.read_bytes() == b"old"
+
+
+def test_the_viewer_is_for_mujoco(monkeypatch):
+    monkeypatch.setattr(glfw, "init", lambda: True)
     with pytest.raises(dst_td3.InputError, match="not simulated by MuJoCo"), dst_td3.viewer("Pendulum-v1"):
         pass
