@@ -145,10 +145,17 @@ def test_a_stopped_video_leaves_the_old_one(stand, tmp_path):
     path = tmp_path / "agent.gif"
     path.write_bytes(b"old")
     command = [sys.executable, PROGRAM, "--watch", stand, "--video", path, "--eval-episodes", "100000"]
-    process = subprocess.Popen(command, env=NO_SCREEN, stdout=subprocess.PIPE, text=True)
+    # A shell's background jobs ignore Ctrl-C, and what they start inherits that.
+    process = subprocess.Popen(
+        command,
+        env=NO_SCREEN,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     process.stdout.readline()
     process.send_signal(signal.SIGINT)
-    process.communicate()
+    process.communicate(timeout=60)
     assert process.returncode == 130
     assert os.listdir(tmp_path) == [path.name] and path.read_bytes() == b"old"
 
