@@ -746,8 +746,7 @@ class NetworkSizes(NamedTuple):
     @property
     def dense(self) -> "NetworkSizes":
         """The same networks with every connection."""
-        full = ([i * o for i, o in itertools.pairwise(sizes)] for sizes in (self.actor, self.critic))
-        return NetworkSizes(self.actor, self.critic, *full)
+        return NetworkSizes(self.actor, self.critic, count_connections(self.actor), count_connections(self.critic))
 
     @property
     def sparsity(self) -> float:
@@ -1289,13 +1288,13 @@ def train(args: Arguments) -> int:
     # Moments and target weights that decay towards zero become denormal, which slows a CPU many times over.
     torch.set_flush_denormal(True)
     directory = RunDirectory(args)
-    if directory.finished:
-        with directory.opened():
-            directory.remove_working_files()
-        print(f"{directory.path} is finished already: nothing to do")
-        return 0
-    run = Run(args, directory)
+    # Making a run may compile, which a finished one need not; only under the lock is it sure whether it is finished.
+    run = None if directory.finished else Run(args, directory)
     with directory.opened():
+        if directory.finished:
+            directory.remove_working_files()
+            print(f"{directory.path} is finished already: nothing to do")
+            return 0
         run.load()
         signals, progress = StopSignals(), Progress(run)
         try:
@@ -1394,15 +1393,16 @@ def video(name: str, path: Path):
     """
     import imageio.v2
 
-    if path.suffix.lower() not in (".mp4", ".gif") or path.is_dir():
+    suffix = path.suffix.lower()
+    if suffix not in (".mp4", ".gif") or path.is_dir():
         raise InputError(f"--video must be a file that ends in .mp4 or .gif, not {path}")
     with closing(make_drawn_environment(name)) as env:
         # About 25 pictures a second, which every player keeps up with; Hopper has 125 steps a second.
-        every = max(1, round(env.metadata.get("render_fps", 30) / 25))
-        rate = env.metadata.get("render_fps", 30) / every
+        states_a_second = env.metadata.get("render_fps", 30)
+        every = max(1, round(states_a_second / 25))
+        rate = states_a_second / every
         # A .gif stores each picture by itself, so it gets every second pixel of every second row.
-        is_gif = path.suffix.lower() == ".gif"
-        pixel, timing = (2, {"duration": 1000 / rate, "loop": 0}) if is_gif else (1, {"fps": rate})
+        pixel, timing = (2, {"duration": 1000 / rate, "loop": 0}) if suffix == ".gif" else (1, {"fps": rate})
         states = itertools.count()
         try:
             with (

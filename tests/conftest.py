@@ -18,6 +18,12 @@ hypothesis.settings.load_profile("repeatable")
 
 PROGRAM = Path(dst_td3.__file__)
 
+# The figures that analysis.ipynb writes.
+FIGURES = (
+    *("fig1_learning_curves", "fig2_adapt_interval", "fig3_sparsity", "fig4_initial_policy"),
+    *("dense_moments", "wall_clock", "seconds_and_bytes", "topology_alive", "topology_inputs"),
+)
+
 # A run of a few seconds that still evaluates, adapts, prunes targets and writes checkpoints several times.
 SHORT = (
     *("--env", "Hopper-v4", "--hidden", "32", "32", "--total-timesteps", "2400", "--learning-starts", "400"),
@@ -62,11 +68,16 @@ def rows_of(path: Path) -> list[dict]:
         return list(csv.DictReader(file))
 
 
-@pytest.fixture(scope="session")
-def unbroken(tmp_path_factory) -> Path:
-    """The run directory of a short run that nothing disturbed."""
-    results = tmp_path_factory.mktemp("unbroken")
-    process = start_process(*SHORT, "--results-dir", results)
+def finished_run(results: Path, *further: object) -> Path:
+    """Make a short run in a process of its own and return its directory."""
+    process = start_process(*SHORT, *further, "--results-dir", results)
     output, _ = process.communicate()
     assert process.returncode == 0, output
     return run_directory(results)
+
+
+def read_table(text: str) -> list[dict[str, str]]:
+    """Return the rows of the only Markdown table of a text, by the names of their columns."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return [dict(zip(cells[0], row, strict=True)) for row in cells[2:]]

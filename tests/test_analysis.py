@@ -11,16 +11,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import FIGURES, read_table
 
 import dst_td3
 
 NOTEBOOK = Path(dst_td3.__file__).parent / "analysis.ipynb"
 ENVIRONMENTS = ("HalfCheetah-v4", "Walker2d-v4", "Hopper-v4", "Ant-v4", "Humanoid-v4")
 METHODS = {"td3": "TD3", "static-td3": "Static-TD3", "ds-td3": "DS-TD3"}
-FIGURES = (
-    *("fig1_learning_curves", "fig2_adapt_interval", "fig3_sparsity", "fig4_initial_policy"),
-    *("dense_moments", "wall_clock", "seconds_and_bytes", "topology_alive", "topology_inputs"),
-)
 
 
 def execute(results: Path) -> dict[str, list[dict[str, str]]]:
@@ -41,13 +38,7 @@ def execute(results: Path) -> dict[str, list[dict[str, str]]]:
     for name in FIGURES:
         for suffix in ("png", "pdf"):
             assert (results / "figures" / f"{name}.{suffix}").stat().st_size > 1000
-    return {path.stem: read_table(path) for path in (results / "tables").glob("*.md")}
-
-
-def read_table(path: Path) -> list[dict[str, str]]:
-    lines = [line for line in path.read_text().splitlines() if line.startswith("|")]
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    return [dict(zip(cells[0], row, strict=True)) for row in cells[2:]]
+    return {path.stem: read_table(path.read_text()) for path in (results / "tables").glob("*.md")}
 
 
 def written_files(results: Path) -> dict[str, bytes]:

@@ -7,6 +7,7 @@ import statistics
 from pathlib import Path
 
 import pytest
+from conftest import read_table
 
 import dst_td3
 
@@ -20,9 +21,9 @@ def definitions(path: Path) -> dict[str, int]:
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             lines[node.name] = node.lineno
-            for inner in getattr(node, "body", []) if isinstance(node, ast.ClassDef) else []:
-                if isinstance(inner, ast.FunctionDef):
-                    lines[f"{node.name}.{inner.name}"] = inner.lineno
+        if isinstance(node, ast.ClassDef):
+            methods = (inner for inner in node.body if isinstance(inner, ast.FunctionDef))
+            lines |= {f"{node.name}.{method.name}": method.lineno for method in methods}
     return lines
 
 
@@ -57,21 +58,18 @@ def test_its_python_runs(monkeypatch):
     assert names["mask"].sum() == names["connections"][1]
 
 
-def front_table() -> list[list[str]]:
-    lines = [line for line in README.split("## Install")[0].splitlines() if re.match(r"\| \w+-v4 ", line)]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+FRONT_TABLE = read_table(README[README.index("| environment |") : README.index("Return is the mean")])
 
 
-@pytest.mark.parametrize("row", front_table(), ids=lambda row: f"{row[0]} {row[1]}")
+@pytest.mark.parametrize("row", FRONT_TABLE, ids=lambda row: f"{row['environment']} {row['method']}")
 def test_the_front_table_is_what_the_results_say(row):
-    env, method, seeds, our_return, _, our_lca, _ = row
-    paths = (ROOT / "results" / env / method.lower()).glob("seed*/summary.json")
+    paths = (ROOT / "results" / row["environment"] / row["method"].lower()).glob("seed*/summary.json")
     summaries = [json.loads(path.read_text()) for path in paths]
-    assert len(summaries) == int(seeds)
-    assert f"{statistics.mean(s['final_return'] for s in summaries):,.0f}" == our_return.split(" ± ")[0]
-    assert f"{statistics.mean(s['lca'] for s in summaries):.3f}" == our_lca
+    assert len(summaries) == int(row["seeds"])
+    assert f"{statistics.mean(s['final_return'] for s in summaries):,.0f}" == row["return"].split(" ± ")[0]
+    assert f"{statistics.mean(s['lca'] for s in summaries):.3f}" == row["LCA"]
 
 
 def test_the_front_table_has_every_result():
     finished = {path.parts[-4:-2] for path in (ROOT / "results").glob("*-v4/*td3/seed*/summary.json")}
-    assert {(row[0], row[1].lower()) for row in front_table()} == finished
+    assert {(row["environment"], row["method"].lower()) for row in FRONT_TABLE} == finished

@@ -11,15 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import FIGURES
 
 import dst_td3
 
 REPOSITORY = Path(dst_td3.__file__).parent
 SCRIPT = REPOSITORY / "run_all.sh"
-FIGURES = (
-    *("fig1_learning_curves", "fig2_adapt_interval", "fig3_sparsity", "fig4_initial_policy"),
-    *("dense_moments", "wall_clock", "seconds_and_bytes", "topology_alive", "topology_inputs"),
-)
 TABLES = ("coverage", "table1_lca", "table2_return", "compute", "steps_to_dense", "aggregate", "provenance")
 
 

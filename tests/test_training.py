@@ -10,11 +10,17 @@ from pathlib import Path
 import gymnasium
 import numpy as np
 import pytest
-from conftest import SHORT, rows_of, run_directory, start_process
+from conftest import SHORT, finished_run, rows_of, run_directory, start_process
 
 import dst_td3
 
 REPEATED = ("evaluations.csv", "topology.csv", "policy.npz")
+
+
+@pytest.fixture(scope="session")
+def unbroken(tmp_path_factory) -> Path:
+    """The run directory of a short run that nothing disturbed."""
+    return finished_run(tmp_path_factory.mktemp("unbroken"))
 
 
 def assert_same_bytes(directory: Path, other: Path) -> None:

@@ -10,7 +10,7 @@ import glfw
 import imageio.v3
 import numpy as np
 import pytest
-from conftest import PROGRAM, SHORT, rows_of, run_directory
+from conftest import PROGRAM, finished_run, rows_of, start_process
 from gymnasium.envs.mujoco.hopper_v4 import HopperEnv
 
 import dst_td3
@@ -38,10 +38,7 @@ def watch(*arguments: object, **variables: str) -> subprocess.CompletedProcess:
 @pytest.fixture(scope="session")
 def stand(tmp_path_factory):
     """The directory of a finished masked run whose Hopper falls after some tens of steps."""
-    results = tmp_path_factory.mktemp("watched")
-    command = [sys.executable, PROGRAM, *SHORT, "--engine", "masked", "--results-dir", results]
-    subprocess.run(command, check=True, capture_output=True)
-    return run_directory(results)
+    return finished_run(tmp_path_factory.mktemp("watched"), "--engine", "masked")
 
 
 def test_watching_repeats_the_last_evaluation_without_a_screen_too(stand):
@@ -144,15 +141,9 @@ def test_an_impossible_way_to_draw_is_said(stand, tmp_path, further):
 def test_a_stopped_video_leaves_the_old_one(stand, tmp_path):
     path = tmp_path / "agent.gif"
     path.write_bytes(b"old")
-    command = [sys.executable, PROGRAM, "--watch", stand, "--video", path, "--eval-episodes", "100000"]
+    arguments = ("--watch", stand, "--video", path, "--eval-episodes", 100_000)
     # A shell's background jobs ignore Ctrl-C, and what they start inherits that.
-    process = subprocess.Popen(
-        command,
-        env=NO_SCREEN,
-        stdout=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    process = start_process(*arguments, env=NO_SCREEN, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     process.stdout.readline()
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=60)
