@@ -39,6 +39,8 @@ from numba.core import cgutils, event
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
+from dst_td3 import TD3, Arguments, Batch, Bounds, Layer
+
 BETAS = (0.9, 0.999)  # Adam's, as torch has them by default
 # No assumption that values are finite: a diverged network must show as one.
 COMPILED = {"cache": True, "fastmath": {"contract", "reassoc", "nsz", "arcp"}, "error_model": "numpy"}
@@ -226,7 +228,7 @@ def weighted_sum(
 
 @intrinsic
 def backward_row(
-    typing, values, at, delta_at, stride, half_vectors, threshold, weight, gradient, accumulate, place, index,
+    typing, values, at, delta_at, stride, half_vectors, gate, weight, gradient, accumulate, place, index,
     start, stop
 ):  # fmt: skip
     """Propagate the gradients of one tile of a layer's outputs back to one of its inputs, over its connections.
@@ -234,12 +236,12 @@ def backward_row(
     The input's row is at ``values[at]``, the gradient of output ``o`` at ``values[delta_at + o * stride]``, and
     connection k is that of ``index[k]`` with the weight at ``place[k]``. The weights' gradients go to ``gradient``, or
     are added to what is there (``accumulate``), unless ``gradient`` is None. Unless ``weight`` is None, the input's own
-    gradient takes the place of its value, zero where that is at most ``threshold`` (the ReLU).
+    gradient takes the place of its value, zero where that is at most ``gate`` (0 for a ReLU, -inf for none).
     """
     to_input, to_weights = not isinstance(weight, types.NoneType), not isinstance(gradient, types.NoneType)
 
     def codegen(context, builder, signature, arguments):
-        _, at, delta_at, stride, half_vectors, threshold, _, _, accumulate, _, _, start, stop = arguments
+        _, at, delta_at, stride, half_vectors, gate, _, _, accumulate, _, _, start, stop = arguments
         emitter = Emitter(context, builder, values.dtype)
         rows, places, indices = (emitter.data(signature.args[i], arguments[i]) for i in (0, 9, 10))
         weights = emitter.data(signature.args[6], arguments[6]) if to_input else None
@@ -274,8 +276,8 @@ def backward_row(
             connections(builder.add(start, several), stop, 1)
             if to_input:
                 for v, zero, total, slot in zip(value, zeros, sums, slots, strict=True):
-                    closed = builder.fcmp_ordered("<=", v, emitter.splat(threshold, slot[1]))
-                    emitter.store(builder.select(closed, zero, builder.load(total)), own_row, slot)
+                    shut = builder.fcmp_ordered("<=", v, emitter.splat(gate, slot[1]))
+                    emitter.store(builder.select(shut, zero, builder.load(total)), own_row, slot)
 
         emitter.for_each_size(half_vectors, BACKWARD_TILE, emit)
         return context.get_dummy_value()
@@ -337,6 +339,8 @@ def prune_target(bits: np.ndarray, extra_bits: np.ndarray, guess: int) -> int:
     if surplus == 0:
         return guess
     largest = (1 << (8 * bits.itemsize - 1)) - 1
+    # Always: ``dropped`` weights lie up to ``low``, no more than there are to go; up to ``high`` lie at least as many.
+    # When the two are neighbours, all up to ``low`` go, and of those that equal ``high`` as many as are then missing.
     low, high, dropped, step = -1, largest, 0, 1 << (8 * bits.itemsize - 22)
     while high - low > 1:
         count = count_up_to(bits, guess) + count_up_to(extra_bits, guess)
@@ -386,14 +390,6 @@ def zero_up_to(bits: np.ndarray, limit: int) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-class Layer(NamedTuple):
-    """One layer's parameters: ``weight`` and ``mask`` [..., inputs, outputs], ``bias`` [..., 1, outputs]."""
-
-    weight: np.ndarray
-    mask: np.ndarray
-    bias: np.ndarray
-
-
 class Arrays(NamedTuple):
     """A stack of sparse networks, their targets and optimizer, of C connections, R rows, S segments and K columns."""
 
@@ -412,7 +408,7 @@ class Arrays(NamedTuple):
     extra_start: np.ndarray  # [R + 1] the target's extras into row r
     extra_index: np.ndarray  # [E] their inputs
     extra_weight: np.ndarray  # [E]
-    threshold: np.ndarray  # [N * L] bits of the last magnitude that was pruned, where the next search starts
+    prune_guess: np.ndarray  # [N * L] bits of the last magnitude that was pruned, where the next search starts
 
 
 @njit(**COMPILED)
@@ -479,11 +475,11 @@ def backward(network: Arrays, n: int, values: np.ndarray, batch: int, first_inpu
 
 
 @njit(**COMPILED)
-def backward_columns(network, ends, values, at, delta_at, stride, size, threshold, weight, gradient, accumulate):
+def backward_columns(network, ends, values, at, delta_at, stride, size, gate, weight, gradient, accumulate):
     """Do ``backward_row`` for the columns from ``ends[0]`` to ``ends[1]``, whose rows of values start at ``at``."""
     for column in range(ends[0], ends[1]):
         backward_row(
-            values, at, delta_at, stride, size, threshold, weight, gradient, accumulate, network.place,
+            values, at, delta_at, stride, size, gate, weight, gradient, accumulate, network.place,
             network.output_index, network.column_start[column], network.column_start[column + 1]
         )  # fmt: skip
         at += stride
@@ -525,19 +521,18 @@ def soft_update(network: Arrays, target_bits: np.ndarray, extra_bits: np.ndarray
     for k in range(len(extra_weight)):
         extra_weight[k] -= tau * extra_weight[k]
     row, segment = 0, 0
-    for block in range(len(network.threshold)):
+    for block in range(len(network.prune_guess)):
         layer = block % len(network.bands)
         next_row = row + network.sizes[1 + layer]
         next_segment = segment + network.sizes[1 + layer] * network.bands[layer]
         bits = target_bits[network.segment_start[segment] : network.segment_start[next_segment]]
         extras = extra_bits[network.extra_start[row] : network.extra_start[next_row]]
-        network.threshold[block] = prune_target(bits, extras, network.threshold[block])
+        network.prune_guess[block] = prune_target(bits, extras, network.prune_guess[block])
         row, segment = next_row, next_segment
 
 
-# What a connection keeps from one topology to the next, and what belongs to the connections of the target alone.
+# What a connection keeps from one topology to the next.
 CARRIED = ("parameters", "target", "first_moment", "second_moment")
-EXTRAS = ("extra_index", "extra_weight", "extra_start")
 
 
 class Block(NamedTuple):
@@ -555,21 +550,19 @@ class Block(NamedTuple):
     def after(cls, last: "Block | None", inputs: int, outputs: int, connections: int) -> "Block":
         """Lay out a layer of so many connections behind the ``last`` one."""
         bands = max(1, min(-(-inputs // BAND_INPUTS), connections // (BAND_CONNECTIONS * outputs)))
-        starts = [part.stop for part in last[3:]] if last else [0] * 4
         lengths = (connections, outputs, bands * outputs, inputs)
-        slices = (slice(start, start + length) for start, length in zip(starts, lengths, strict=True))
-        return cls(inputs, outputs, bands, *slices)
+        parts = zip(last.ends if last else (0, 0, 0, 0), lengths, strict=True)
+        return cls(inputs, outputs, bands, *(slice(start, start + length) for start, length in parts))
 
-    def positions(self, starts: np.ndarray, input_index: np.ndarray) -> np.ndarray:
-        """Return the positions of connections from the starts of this layer's rows or segments among all inputs.
+    @property
+    def ends(self) -> tuple[int, int, int, int]:
+        """How many connections, rows, segments and columns there are up to the end of this layer."""
+        return self.connections.stop, self.rows.stop, self.segments.stop, self.columns.stop
 
-        Raises ValueError for what is no topology of this layer.
-        """
-        starts = starts.astype(np.int64)
-        inputs, counts = input_index[starts[0] : starts[-1]].astype(np.int64), np.diff(starts)
-        if (counts < 0).any() or counts.sum() != len(inputs) or (inputs >= self.inputs).any():
+    def require_positions(self, positions: np.ndarray) -> None:
+        """Raise ValueError where connections are at positions that this layer does not have."""
+        if (positions < 0).any() or (positions >= self.inputs * self.outputs).any():
             raise ValueError(f"its connections do not fit a layer of {self.inputs} x {self.outputs}")
-        return inputs * self.outputs + np.repeat(np.arange(len(counts)) % self.outputs, counts)
 
     def mask(self, topology: np.ndarray) -> np.ndarray:
         """Return a topology as a dense mask [inputs, outputs]."""
@@ -578,12 +571,12 @@ class Block(NamedTuple):
         return mask.reshape(self.inputs, self.outputs)
 
 
-def closed(part: slice) -> slice:
+def with_end(part: slice) -> slice:
     """Return the slice of the starts of some rows and of the one that follows, where the last of them ends."""
     return slice(part.start, part.stop + 1)
 
 
-def starts(numbers: np.ndarray, count: int) -> np.ndarray:
+def start_of_each(numbers: np.ndarray, count: int) -> np.ndarray:
     """Return where each of the numbers 0 to ``count`` starts when ``numbers`` are sorted."""
     return np.concatenate([[0], np.cumsum(np.bincount(numbers, minlength=count))])
 
@@ -591,7 +584,7 @@ def starts(numbers: np.ndarray, count: int) -> np.ndarray:
 def allocate(blocks: list[Block], layers: int, dtype: np.dtype) -> Arrays:
     """Return zeroed arrays for a stack of networks of so many ``layers`` each, with no extras."""
     sizes = [block.inputs for block in blocks[:layers]] + [blocks[layers - 1].outputs]
-    connections, rows, segments, columns = (part.stop for part in blocks[-1][3:])
+    connections, rows, segments, columns = blocks[-1].ends
     index = np.uint16 if max(sizes) <= 1 << 16 else np.uint32
     return Arrays(
         sizes=np.array(sizes),
@@ -605,33 +598,33 @@ def allocate(blocks: list[Block], layers: int, dtype: np.dtype) -> Arrays:
         extra_start=np.zeros(rows + 1, np.uint32),
         extra_index=np.zeros(0, index),
         extra_weight=np.zeros(0, dtype),
-        threshold=np.zeros(len(blocks), np.int64),
+        prune_guess=np.zeros(len(blocks), np.int64),
     )
 
 
 class SparseNetwork:
     """A stack of sparse networks as compressed rows, with their Adam optimizer and their targets."""
 
-    def __init__(self, layers: list[Layer], args):
+    def __init__(self, layers: list[Layer], args: Arguments):
         self.args = args
-        self.layers, self.networks = len(layers), layers[0].weight.shape[:-2]
+        self.depth, self.networks = len(layers), layers[0].weight.shape[:-2]
         layers = [Layer(*(array.reshape(-1, *array.shape[-2:]) for array in layer)) for layer in layers]
         stack = [Layer(*(array[n] for array in layer)) for n in range(len(layers[0].weight)) for layer in layers]
         topologies = [np.flatnonzero(layer.mask) for layer in stack]
         self.blocks: list[Block] = []
         for layer, topology in zip(stack, topologies, strict=True):
             self.blocks.append(Block.after((self.blocks or [None])[-1], *layer.weight.shape, len(topology)))
-        self.arrays = allocate(self.blocks, self.layers, layers[0].weight.dtype)
+        self.arrays = allocate(self.blocks, self.depth, layers[0].weight.dtype)
         for block, topology, layer in zip(self.blocks, topologies, stack, strict=True):
             self._write(block, topology, parameters=layer.weight.ravel()[topology])
         self.arrays.parameters[len(self.arrays.input_index) :] = np.concatenate([layer.bias.ravel() for layer in stack])
         self.arrays.target[:] = self.arrays.parameters
-        sparse = zip(self.blocks[: self.layers - 1], topologies, strict=False)
+        sparse = zip(self.blocks[: self.depth - 1], topologies, strict=False)
         self.initial = [topology.astype(np.min_scalar_type(b.inputs * b.outputs)) for b, topology in sparse]
         self.steps = np.zeros((), dtype=np.int64)
 
-    def optimizer(self) -> Optimizer:
-        """Count one Adam step and return its constants."""
+    def begin_adam_step(self) -> Optimizer:
+        """Count one more Adam step and return its constants."""
         self.steps += 1
         corrections = [1 - beta ** int(self.steps) for beta in BETAS]
         constants = Optimizer(
@@ -647,8 +640,8 @@ class SparseNetwork:
     def adapt(self, rng: np.random.Generator) -> None:
         """Adapt the topology of every sparse layer (drop and grow)."""
         extras = [self._extras(block) for block in self.blocks]
-        for layer in range(self.layers - 1):
-            for index in range(layer, len(self.blocks), self.layers):
+        for layer in range(self.depth - 1):
+            for index in range(layer, len(self.blocks), self.depth):
                 extras[index] = self._adapt(self.blocks[index], *extras[index], rng)
         self._write_extras(extras)
 
@@ -675,7 +668,7 @@ class SparseNetwork:
 
     def _topology(self, block: Block) -> tuple[np.ndarray, np.ndarray]:
         """Return the sorted positions of a layer's connections, and where each is among the weights."""
-        inputs = np.repeat(np.arange(block.inputs), np.diff(self.arrays.column_start[closed(block.columns)]))
+        inputs = np.repeat(np.arange(block.inputs), np.diff(self.arrays.column_start[with_end(block.columns)]))
         positions = inputs * block.outputs + self.arrays.output_index[block.connections]
         return positions, self.arrays.place[block.connections]
 
@@ -685,9 +678,9 @@ class SparseNetwork:
         inputs, outputs = np.divmod(topology, block.outputs)
         segments = inputs * block.bands // block.inputs * block.outputs + outputs
         order = np.argsort(segments.astype(np.min_scalar_type(block.bands * block.outputs)), kind="stable")
-        arrays.segment_start[closed(block.segments)] = start + starts(segments, block.bands * block.outputs)
+        arrays.segment_start[with_end(block.segments)] = start + start_of_each(segments, block.bands * block.outputs)
         arrays.input_index[block.connections] = inputs[order]
-        arrays.column_start[closed(block.columns)] = start + starts(inputs, block.inputs)
+        arrays.column_start[with_end(block.columns)] = start + start_of_each(inputs, block.inputs)
         arrays.output_index[block.connections] = outputs
         arrays.place[start + order] = np.arange(start, block.connections.stop)
         for name, array in values.items():
@@ -695,9 +688,11 @@ class SparseNetwork:
 
     def _extras(self, block: Block) -> tuple[np.ndarray, np.ndarray]:
         """Return the positions and the weights of the connections that only a layer's target has."""
-        row_starts = self.arrays.extra_start[closed(block.rows)]
-        weight = self.arrays.extra_weight[row_starts[0] : row_starts[-1]]
-        return block.positions(row_starts, self.arrays.extra_index), weight
+        row_starts = self.arrays.extra_start[with_end(block.rows)].astype(np.int64)
+        extras = slice(row_starts[0], row_starts[-1])
+        outputs = np.repeat(np.arange(block.outputs), np.diff(row_starts))
+        positions = self.arrays.extra_index[extras].astype(np.int64) * block.outputs + outputs
+        return positions, self.arrays.extra_weight[extras]
 
     def _write_extras(self, extras: list[tuple[np.ndarray, np.ndarray]]) -> None:
         """Write the positions and the weights of all layers' extras into the arrays."""
@@ -705,7 +700,7 @@ class SparseNetwork:
         for block, (positions, values) in zip(self.blocks, extras, strict=True):
             inputs, outputs = np.divmod(positions, block.outputs)
             order = np.argsort(outputs, kind="stable")
-            self.arrays.extra_start[closed(block.rows)] = start + starts(outputs, block.outputs)
+            self.arrays.extra_start[with_end(block.rows)] = start + start_of_each(outputs, block.outputs)
             indices.append(inputs[order])
             weights.append(values[order])
             start += len(positions)
@@ -725,8 +720,8 @@ class SparseNetwork:
     def layer_arrays(self) -> list[Layer]:
         """Return the networks' own layers (not the targets') as dense arrays."""
         dense = []
-        for layer in range(self.layers):
-            stack = zip(*map(self._dense, self.blocks[layer :: self.layers]), strict=True)
+        for layer in range(self.depth):
+            stack = zip(*map(self._dense, self.blocks[layer :: self.depth]), strict=True)
             dense.append(Layer(*(np.reshape(arrays, (*self.networks, *arrays[0].shape)) for arrays in stack)))
         return dense
 
@@ -743,32 +738,43 @@ class SparseNetwork:
         return [(block.mask(self._topology(block)[0]), block.mask(initial)) for block, initial in pairs]
 
     def state(self) -> dict[str, np.ndarray]:
-        """Return everything that training changes, as numpy arrays by name."""
-        state = {
-            name: getattr(self.arrays, name) for name in ("sizes", "segment_start", "input_index", *CARRIED, *EXTRAS)
+        """Return everything that training changes, as numpy arrays by name; the layout in memory is no part of it."""
+        arrays, connections = self.arrays, len(self.arrays.input_index)
+        extras = [self._extras(block) for block in self.blocks]
+        carried = {name: getattr(arrays, name) for name in CARRIED}
+        return {
+            "sizes": arrays.sizes,
+            "topology": np.concatenate([self._topology(block)[0] for block in self.blocks]),
+            **{name: np.concatenate([a[arrays.place], a[connections:]]) for name, a in carried.items()},
+            "extra_topology": np.concatenate([positions for positions, _ in extras]),
+            "extra_weight": np.concatenate([weight for _, weight in extras]),
+            "extra_ends": np.cumsum([len(weight) for _, weight in extras]),
+            "steps": self.steps,
         }
-        return state | {"steps": self.steps} | {f"{index}.initial": array for index, array in enumerate(self.initial)}
 
     def load_state(self, state: dict[str, np.ndarray]) -> None:
         """Take over what ``state`` returned. Raises KeyError or ValueError when it belongs to another network."""
         for name, own in self.state().items():
-            shape = state["extra_index"].shape if name in EXTRAS[:2] else own.shape
+            shape = state["extra_topology"].shape if name in ("extra_topology", "extra_weight") else own.shape
             if state[name].shape != shape or state[name].dtype != own.dtype:
                 raise ValueError(f"{name} is {state[name].dtype}{state[name].shape}, not {own.dtype}{shape}")
         if not np.array_equal(state["sizes"], self.arrays.sizes):
             raise ValueError(f"its layers are {state['sizes'].tolist()} wide, not {self.arrays.sizes.tolist()}")
-        topologies = []
+        ends = state["extra_ends"][:-1]
+        extras = [np.split(state[name], ends) for name in ("extra_topology", "extra_weight")]
+        extras = list(zip(*extras, strict=True))
+        for block, (extra_positions, _) in zip(self.blocks, extras, strict=True):
+            block.require_positions(extra_positions)
+            block.require_positions(state["topology"][block.connections])
+            if (np.diff(state["topology"][block.connections]) <= 0).any():
+                raise ValueError("its connections are out of order")
+        connections = len(self.arrays.input_index)
         for block in self.blocks:
-            topologies.append(block.positions(state["segment_start"][closed(block.segments)], state["input_index"]))
-            block.positions(state["extra_start"][closed(block.rows)], state["extra_index"])
-            if len(topologies[-1]) != block.connections.stop - block.connections.start:
-                raise ValueError(f"its layer of {block.inputs} x {block.outputs} has {len(topologies[-1])} connections")
-        for block, topology in zip(self.blocks, topologies, strict=True):
-            self._write(block, np.sort(topology))
+            carried = {name: state[name][block.connections] for name in CARRIED}
+            self._write(block, state["topology"][block.connections], **carried)
         for name in CARRIED:
-            getattr(self.arrays, name)[:] = state[name]
-        self.arrays = self.arrays._replace(**{name: state[name].copy() for name in EXTRAS})
-        self.initial = [state[f"{index}.initial"].copy() for index in range(len(self.initial))]
+            getattr(self.arrays, name)[connections:] = state[name][connections:]
+        self._write_extras(extras)
         self.steps = state["steps"].copy()
 
 
@@ -824,7 +830,7 @@ def update_critics(actor, critics, actor_values, values, batch, noise, bounds, s
     low, high = bounds
     size, observations = observation.shape
     stride, _ = batch_layout(size, values.itemsize)
-    networks = len(critics.threshold) // len(critics.bands)
+    networks = len(critics.prune_guess) // len(critics.bands)
 
     write_units(actor_values, 0, next_observation)
     next_action = policy(actor, True, actor_values, low, high, size)
@@ -914,24 +920,21 @@ def act(actor: Arrays, observation: np.ndarray, low: np.ndarray, high: np.ndarra
                 y[output] = total
                 segment += 1
         row += len(y)
+        # 0 * y, not 0: its type is that of y, and where y is not a number it is none either.
         x = np.maximum(y, 0 * y) if layer < len(actor.bands) - 1 else np.tanh(y)
     return (x * (high - low) / 2 + (high + low) / 2).astype(x.dtype)
 
 
-class SparseTD3:
-    """Twin delayed DDPG on sparse networks, on one CPU. It draws no random number of its own.
+class SparseTD3(TD3):
+    """TD3 on sparse networks, on one CPU.
 
     The first one after an installation compiles the kernels, which takes some seconds; later ones find them compiled.
     """
 
-    def __init__(self, actor: list[Layer], critics: list[Layer], bounds: tuple[np.ndarray, np.ndarray], args):
-        self.args = args
-        self.actor = SparseNetwork(actor, args)
-        self.critics = SparseNetwork(critics, args)
-        self.dtype = self.actor.arrays.parameters.dtype.type
-        self.bounds = tuple(np.array(bound, self.dtype) for bound in bounds)
+    def __init__(self, actor: list[Layer], critics: list[Layer], bounds: Bounds, args: Arguments):
+        self.dtype = actor[0].weight.dtype.type
+        super().__init__(SparseNetwork, actor, critics, tuple(np.array(bound, self.dtype) for bound in bounds), args)
         self.settings = Settings(*map(self.dtype, (args.gamma, args.policy_noise, args.noise_clip)))
-        self.losses: dict[str, float] = {}
         self.batch_size = None
         if args.threads > 1:  # starting numba's threads would give torch as many, against its own setting
             numba.set_num_threads(min(args.threads, numba.config.NUMBA_NUM_THREADS))
@@ -941,29 +944,28 @@ class SparseTD3:
         """Return the deterministic action [actions] for one observation [observations]."""
         return act(self.actor.arrays, np.array(observation, self.dtype), *self.bounds)
 
-    def update_critics(self, batch, noise: np.ndarray) -> None:
+    def update_critics(self, batch: Batch, noise: np.ndarray) -> None:
         """Fit both critics to the smaller of the target critics' values (clipped double Q-learning).
 
-        ``batch`` is a ``Batch``; ``noise`` [batch, actions] is standard normal; scaled and clipped, it smooths the
-        target policy.
+        ``noise`` [batch, actions] is standard normal; scaled and clipped, it smooths the target policy.
         """
-        loss, value = self._critic_update(*self._critic_arguments(batch, noise, self.critics.optimizer()))
+        loss, value = self._critic_update(*self._critic_arguments(batch, noise, self.critics.begin_adam_step()))
         self.losses |= {"critic_loss": loss, "value": value}
 
     @property
     def _critic_update(self):
         return update_critics if self.args.threads == 1 else update_critics_in_threads
 
-    def update_actor(self, batch) -> None:
+    def update_actor(self, batch: Batch) -> None:
         """Move the actor towards actions that the first critic values more (deterministic policy gradient)."""
-        self.losses |= {"actor_loss": update_actor(*self._actor_arguments(batch, self.actor.optimizer()))}
+        self.losses |= {"actor_loss": update_actor(*self._actor_arguments(batch, self.actor.begin_adam_step()))}
 
-    def _critic_arguments(self, batch, noise: np.ndarray, optimizer: Optimizer) -> tuple:
+    def _critic_arguments(self, batch: Batch, noise: np.ndarray, optimizer: Optimizer) -> tuple:
         *batch, noise = (np.array(array, self.dtype, order="C") for array in (*batch, noise))
         spaces = (self.actor.arrays, self.critics.arrays, *self._activations(len(noise)))
         return *spaces, tuple(batch), noise, self.bounds, self.settings, optimizer
 
-    def _actor_arguments(self, batch, optimizer: Optimizer) -> tuple:
+    def _actor_arguments(self, batch: Batch, optimizer: Optimizer) -> tuple:
         observation = np.array(batch[0], self.dtype, order="C")
         spaces = (self.actor.arrays, self.critics.arrays, *self._activations(len(observation)))
         return *spaces, observation, self.bounds, optimizer

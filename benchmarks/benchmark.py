@@ -74,34 +74,23 @@ def make_agent(engine: str, width: int = 256, sparsity: float | None = None, thr
 
 
 class Learner:
-    """An agent that learns from batches of random transitions, drawn beforehand."""
+    """An agent that learns from random transitions."""
 
     def __init__(self, agent):
         self.agent, self.rng, self.step = agent, np.random.default_rng(1), 0
-
-        def normal(*shape: int) -> np.ndarray:
-            return self.rng.standard_normal(shape, dtype=np.float32)
-
-        self.batches = [
-            dst_td3.Batch(
-                normal(BATCH, OBSERVATIONS),
-                np.tanh(normal(BATCH, ACTIONS)),
-                normal(BATCH, 1),
-                normal(BATCH, OBSERVATIONS),
-                np.zeros((BATCH, 1), np.float32),
-            )
-            for _ in range(50)
-        ]
-        self.noises = [normal(BATCH, ACTIONS) for _ in range(50)]
+        self.buffer = dst_td3.ReplayBuffer(10_000, OBSERVATIONS, ACTIONS)
+        self.buffer.rows[:] = self.rng.standard_normal(self.buffer.rows.shape)
+        action = self.buffer.rows[:, OBSERVATIONS : OBSERVATIONS + ACTIONS]
+        np.tanh(action, out=action)
+        self.buffer.rows[:, -1] = 0
+        self.buffer.added = len(self.buffer.rows)
 
     def update(self, updates: int) -> float:
         """Learn ``updates`` times, adaptations where they are due, and return the microseconds of one."""
         started = time.perf_counter()
         for _ in range(updates):
             self.step += 1
-            place = self.step % len(self.batches)
-            args = self.agent.args
-            dst_td3.train_step(self.agent, self.batches[place], self.noises[place], self.step, self.rng, args)
+            self.agent.learn(self.buffer, self.step, self.rng)
         return (time.perf_counter() - started) / updates * 1e6
 
 
@@ -121,7 +110,7 @@ def state_bytes(agent) -> int:
     for network in networks:
         # A weight, a gradient, two moments and a target weight; a dense agent could do without its masks of ones.
         total += 5 * sum(parameter.nbytes for parameter in network.parameters)
-        total += sum(layer.mask.nbytes for layer in network.layers) * (agent.args.method != "td3")
+        total += sum(layer.mask.nbytes for layer in network.layers) * (not agent.args.dense)
     return total
 
 

@@ -9,14 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dst_td3
-from dst_td3 import Arguments, Batch, Layer, MaskedTD3, initial_layers, train_step
+from dst_td3 import Arguments, Batch, Layer, MaskedTD3, ReplayBuffer, initial_layers
 
 OBSERVATIONS, ACTIONS = 5, 2
 BOUNDS = (np.array([-2, -1], dtype=np.float32), np.array([2, 3], dtype=np.float32))
 
 
 def make_agent(**arguments) -> MaskedTD3:
-    args = Arguments(**{"hidden": (16, 12), "adapt_interval": 4, "device": "cpu", "total_timesteps": 1000, **arguments})
+    defaults = {"hidden": (16, 12), "batch_size": 8, "adapt_interval": 4, "device": "cpu", "total_timesteps": 1000}
+    args = Arguments(**(defaults | arguments))
     rng = np.random.default_rng(args.seed)
     actor, critic = [OBSERVATIONS, *args.hidden, ACTIONS], [OBSERVATIONS + ACTIONS, *args.hidden, 1]
     counts = [dst_td3.count_connections(sizes, args.sparsity) for sizes in (actor, critic)]
@@ -32,13 +33,11 @@ def random_batch(rng: np.random.Generator, size: int = 8) -> Batch:
 
 def train(agent: MaskedTD3, steps: range, seed: int = 1) -> None:
     rng = np.random.default_rng(seed)
+    buffer = ReplayBuffer(50, OBSERVATIONS, ACTIONS)
+    for transition in zip(*random_batch(rng, 50), strict=True):
+        buffer.add(Batch(*transition))
     for step in steps:
-        noise = rng.standard_normal((8, ACTIONS), dtype=np.float32)
-        train_step(agent, random_batch(rng), noise, step, rng, agent.args)
-
-
-def moments(network, layer: Layer) -> list[torch.Tensor]:
-    return [network.optimizer.state[layer.weight][name] for name in ("exp_avg", "exp_avg_sq")]
+        agent.learn(buffer, step, rng)
 
 
 def test_a_dense_update_is_the_textbooks():
@@ -79,7 +78,13 @@ def test_a_dense_update_is_the_textbooks():
         for p, t in zip(network.parameters(), follower.parameters(), strict=True):
             t.data = 0.995 * t.data + 0.005 * p.data
 
-    train_step(agent, batch, noise, 2, np.random.default_rng(0), agent.args)
+    class Given:
+        """A buffer and a generator that give this batch and this noise."""
+
+        sample = staticmethod(lambda size, rng: batch)
+        standard_normal = staticmethod(lambda shape, dtype: noise)
+
+    agent.learn(Given, 2, Given)
     for ours, theirs in (
         (module(agent.actor.layers), actor),
         (module(agent.actor.target), actor_target),
@@ -102,7 +107,7 @@ def test_nothing_lives_outside_the_topology(method, sparsity, adapt_interval, se
                 assert torch.equal(layer.mask.sum((-2, -1)), count)
                 absent = layer.mask == 0
                 assert not layer.weight[absent].any()
-                assert not any(moment[absent].any() for moment in moments(network, layer))
+                assert not any(moment[absent].any() for moment in network.moments(layer.weight))
                 assert ((target.weight != 0).sum((-2, -1)) <= count).all()
 
 
@@ -126,7 +131,7 @@ def test_grown_connections_start_at_zero_with_zero_moments():
         for layer, old, stayed in zip(network.layers[:-1], before, kept, strict=False):
             grown = (layer.mask == 1) & (stayed == 0)
             assert grown.any() and not torch.equal(layer.mask, old)
-            for tensor in (layer.weight, *moments(network, layer)):
+            for tensor in (layer.weight, *network.moments(layer.weight)):
                 assert not tensor[grown].any()
         assert torch.equal(network.layers[-1].mask, torch.ones_like(before[-1])), "the output layer stays dense"
 
@@ -138,7 +143,7 @@ def test_dense_moments_follow_the_authors_code():
         for layer in network.layers[:-1]:
             absent = layer.mask == 0
             assert not layer.weight[absent].any()
-            assert all(moment[absent].any() for moment in moments(network, layer))
+            assert all(moment[absent].any() for moment in network.moments(layer.weight))
 
 
 def test_every_method_is_one_code_path():
@@ -146,9 +151,34 @@ def test_every_method_is_one_code_path():
     dense, full = make_agent(method="td3"), make_agent(method="static-td3", sparsity=0.0)
     for agent in (dense, full):
         train(agent, range(1, 9))
-    for network in ("actor", "critics"):
-        state, other = getattr(dense, network).state(), getattr(full, network).state()
-        assert all(np.array_equal(state[name], other[name]) for name in state)
+    state, other = dense.state(), full.state()
+    assert all(np.array_equal(state[name], other[name]) for name in state)
+
+
+def test_a_networks_arrays_are_copies():
+    agent = make_agent(sparsity=0.5)
+    before = agent.actor.layer_arrays()
+    kept = [layer.weight.copy() for layer in before]
+    train(agent, range(1, 9))
+    assert all(np.array_equal(layer.weight, weight) for layer, weight in zip(before, kept, strict=True))
+    assert not np.array_equal(agent.actor.layer_arrays()[0].weight, kept[0])
+
+
+def test_a_loaded_agent_goes_on_to_the_same_bytes():
+    """After adaptations, so that the supports of the targets' prune are loaded with it."""
+    first, second = make_agent(sparsity=0.5), make_agent(sparsity=0.5)
+    train(first, range(1, 14))
+    second.load_state({name: array.copy() for name, array in first.state().items()})
+    for agent in (first, second):
+        train(agent, range(14, 30), seed=2)
+    state, other = first.state(), second.state()
+    assert {name: array.tobytes() for name, array in state.items()} == {n: a.tobytes() for n, a in other.items()}
+
+
+@pytest.mark.parametrize("other", [{"hidden": (12, 16)}, {"hidden": (16, 12, 4)}])
+def test_another_agents_state_is_rejected(other):
+    with pytest.raises((KeyError, ValueError)):
+        make_agent(**other).load_state(make_agent().state())
 
 
 def test_the_actors_bounds_are_respected():

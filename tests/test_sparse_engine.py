@@ -1,6 +1,7 @@
 """The sparse engine against the masked one: the same topologies always, the same numbers within rounding."""
 
 import dataclasses
+import functools
 import io
 import itertools
 import math
@@ -13,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import dst_td3
+import sparse_engine
 from sparse_engine import SparseTD3, prune_target
 
 OBSERVATIONS, ACTIONS = 5, 3
@@ -45,24 +47,22 @@ class Case:
         """Bounds of the actions, lopsided so that both the middle and the range of them matter."""
         return -np.full(self.actor[-1], 0.5, self.dtype), np.linspace(0.4, 1, self.actor[-1]).astype(self.dtype)
 
-    def batch(self, step):
-        """Draw the batch and the noise of a step."""
-        rng = np.random.default_rng((self.seed, step))
-
-        def normal(columns):
-            return rng.standard_normal((self.batch_size, columns)).astype(self.dtype)
-
+    @functools.cached_property
+    def buffer(self):
+        """A replay buffer of random transitions, in the type of the case."""
         observations, actions = self.actor[0], self.actor[-1]
-        terminated = (normal(1) > 1).astype(self.dtype)
-        batch = dst_td3.Batch(
-            normal(observations), np.tanh(normal(actions)) / 2, normal(1), normal(observations), terminated
-        )
-        return batch, normal(actions)
+        buffer = dst_td3.ReplayBuffer(400, observations, actions)
+        buffer.rows = np.random.default_rng(self.seed).standard_normal(buffer.rows.shape).astype(self.dtype)
+        buffer.rows[:, observations : observations + actions] /= 4
+        buffer.rows[:, -1] = buffer.rows[:, -1] > 1
+        buffer.added = len(buffer.rows)
+        return buffer
 
     def train(self, agent, rng, steps):
         """Train an agent for the given steps."""
+        agent.args = dataclasses.replace(agent.args, batch_size=self.batch_size)
         for step in steps:
-            dst_td3.train_step(agent, *self.batch(step), step, rng, self.args)
+            agent.learn(self.buffer, step, rng)
 
 
 def case(hidden=(24, 20), sparsity=0.6, observations=OBSERVATIONS, actions=ACTIONS, **rest):
@@ -197,7 +197,7 @@ def test_a_second_thread_changes_no_bit():
         this = case(args=dataclasses.replace(DEFAULTS, threads=threads), dtype=np.float32)
         agent, rng = this.agent(SparseTD3)
         this.train(agent, rng, range(1, 31))
-        states.append(agent.actor.state() | {f"critics.{name}": a for name, a in agent.critics.state().items()})
+        states.append(agent.state())
     assert all(np.array_equal(states[0][name], states[1][name]) for name in states[0])
 
 
@@ -236,13 +236,17 @@ def test_prune_target_keeps_the_largest(data):
     assert np.count_nonzero(after) <= len(own)
 
 
-def saved(network):
-    """Return a network's state after a trip to a file."""
+def saved(agent):
+    """Return an agent's state after a trip to a file."""
     file = io.BytesIO()
-    np.savez(file, **network.state())
+    np.savez(file, **agent.state())
     file.seek(0)
     with np.load(file, allow_pickle=False) as stored:
         return dict(stored)
+
+
+def bytes_of(agent):
+    return {name: array.tobytes() for name, array in agent.state().items()}
 
 
 def test_a_loaded_agent_goes_on_to_the_same_bytes():
@@ -250,19 +254,35 @@ def test_a_loaded_agent_goes_on_to_the_same_bytes():
     first, rng = this.agent(SparseTD3)
     this.train(first, rng, range(1, 28))
     assert len(first.critics.arrays.extra_weight) > 0
-    second, other_rng = dataclasses.replace(this, seed=1).agent(SparseTD3)
-    second.actor.load_state(saved(first.actor))
-    second.critics.load_state(saved(first.critics))
+    second, other_rng = this.agent(SparseTD3)
+    second.load_state(saved(first))
     other_rng.bit_generator.state = rng.bit_generator.state
     for agent, generator in ((first, rng), (second, other_rng)):
         this.train(agent, generator, range(28, 60))
+    assert bytes_of(first) == bytes_of(second)
     for ours, theirs in ((first.actor, second.actor), (first.critics, second.critics)):
-        state, expected = ours.state(), theirs.state()
-        assert {name: array.tobytes() for name, array in state.items()} == {
-            name: array.tobytes() for name, array in expected.items()
-        }
         for masks, expected_masks in zip(ours.topologies(), theirs.topologies(), strict=True):
             np.testing.assert_array_equal(masks, expected_masks)
+
+
+def test_a_state_fits_another_layout_in_memory(monkeypatch):
+    """A machine with other caches cuts layers into other bands of inputs."""
+    this = case(hidden=(300, 129), sparsity=0.3)
+    first, rng = this.agent(SparseTD3)
+    this.train(first, rng, range(1, 12))
+    monkeypatch.setattr(sparse_engine, "BAND_INPUTS", 10)
+    second, _ = this.agent(SparseTD3)
+    assert list(second.critics.arrays.bands) != list(first.critics.arrays.bands)
+    second.load_state(saved(first))
+    assert bytes_of(second) == bytes_of(first)
+    other_rng = np.random.default_rng()
+    other_rng.bit_generator.state = rng.bit_generator.state
+    this.train(first, rng, range(12, 20))
+    this.train(second, other_rng, range(12, 20))
+    for ours, theirs in ((first.actor, second.actor), (first.critics, second.critics)):
+        for layer, expected in zip(ours.layer_arrays(), theirs.layer_arrays(), strict=True):
+            np.testing.assert_array_equal(layer.mask, expected.mask)
+            np.testing.assert_allclose(layer.weight, expected.weight, rtol=1e-8, atol=1e-11)
 
 
 def test_topologies_are_the_present_and_the_first_mask():
@@ -295,7 +315,7 @@ def test_a_masked_networks_state_is_rejected():
         case().agent(SparseTD3)[0].actor.load_state(case().agent(dst_td3.MaskedTD3)[0].actor.state())
 
 
-@pytest.mark.parametrize("name", ["input_index", "segment_start", "extra_start", "extra_index"])
+@pytest.mark.parametrize("name", ["topology", "extra_topology", "extra_ends", "sizes"])
 def test_a_damaged_topology_is_rejected(name):
     this = case()
     agent, rng = this.agent(SparseTD3)
@@ -347,9 +367,9 @@ def test_nothing_is_as_large_as_a_dense_matrix():
 
 def test_a_diverged_network_shows():
     this = case(dtype=np.float32)
-    agent, _ = this.agent(SparseTD3)
+    agent, rng = this.agent(SparseTD3)
     agent.actor.arrays.parameters[0] = np.nan
-    batch, _ = this.batch(1)
+    batch = this.buffer.sample(this.batch_size, rng)
     assert np.isnan(agent.act(batch.observation[0])).any()
     agent.update_actor(batch)
     assert math.isnan(agent.losses["actor_loss"])

@@ -111,9 +111,13 @@ def test_a_network_that_learns_less_often_adapts_when_it_learns_next():
     assert due_steps(3, adapt_interval=1000)[:3] == [1002, 2001, 3000]
 
 
-@pytest.mark.parametrize("method", ["td3", "static-td3"])
+@pytest.mark.parametrize("method", ["td3", "static-td3", "sac", "static-sac"])
 def test_other_methods_never_adapt(method):
     assert due_steps(1, method=method) == []
+
+
+def test_another_algorithms_sparse_method_adapts_too():
+    assert due_steps(1, method="ds-sac") == due_steps(1)
 
 
 # Piece 3: drop and grow
@@ -203,7 +207,16 @@ def test_a_targets_support_holds_until_the_next_adaptation():
     [({"method": "td3"}, 214_784, 1.074e14), ({"er_lambda": (7.0, 64.0)}, 106_169, 5.284e13)],
 )
 def test_the_papers_connections_and_flops(changes, connections, flops):
-    args = dst_td3.resolve(Arguments(env="HalfCheetah-v4", **changes))
-    sizes = dst_td3.network_sizes(dst_td3.make_environment(args.env), args)
-    assert sizes.connections == connections
-    assert sizes.training_flops(args) == pytest.approx(flops, rel=1e-3)
+    args = Arguments(env="HalfCheetah-v4", **changes)
+    costs = dst_td3.count_costs(dst_td3.make_environment(args.env), args)
+    assert costs["connections"] == connections
+    assert costs["sparsity"] == pytest.approx(1 - connections / 214_784)
+    assert costs["training_flops"] == pytest.approx(flops, rel=1e-3)
+    assert costs["training_flops_of_dense"] == pytest.approx(1.074e14, rel=1e-3)
+
+
+def test_the_learning_curve_area_is_the_papers_and_no_matter_of_the_interval():
+    returns = [float(step) for step in range(0, 1_000_001, 5000)]
+    area = dst_td3.learning_curve_area(returns, 5000, 1_000_000)
+    assert area == sum(returns) / 1e6
+    assert dst_td3.learning_curve_area(returns[::2], 10_000, 1_000_000) == pytest.approx(area, rel=0.01)

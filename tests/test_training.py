@@ -1,5 +1,7 @@
 """Whole runs: they learn, repeat themselves to the byte, survive anything, and refuse what they cannot use."""
 
+import dataclasses
+import itertools
 import json
 import resource
 import shutil
@@ -69,7 +71,7 @@ def test_a_run_directory_holds_what_it_should(unbroken):
     rows = rows_of(unbroken / "evaluations.csv")
     assert [int(row["step"]) for row in rows] == list(range(0, 2401, 400))
     returns = [float(row["return_mean"]) for row in rows]
-    assert summary["lca"] == pytest.approx(sum(returns) / 2400)
+    assert summary["lca"] == pytest.approx(sum(returns) * 400 / 5000 / 2400)
     assert summary["final_return"] == pytest.approx(np.mean(returns[-10:]))
     assert summary["peak_memory_bytes"] > 50e6
 
@@ -143,40 +145,95 @@ def test_a_full_disk_loses_nothing(command_line, unbroken, tmp_path):
     assert_same_bytes(run_directory(tmp_path), unbroken)
 
 
-def test_transitions_are_not_written_twice(command_line, tmp_path, monkeypatch):
+def test_transitions_are_not_written_twice(tmp_path):
     """Between two checkpoints the file of transitions grows at its end, and nothing before is touched."""
-    results, written = tmp_path / "results", []
-    args = dst_td3.resolve(dst_td3.Arguments(env="Hopper-v4", total_timesteps=1000, device="cpu", results_dir=results))
+    args = dst_td3.Arguments(env="Hopper-v4", total_timesteps=1000, device="cpu", engine="masked", results_dir=tmp_path)
     run = dst_td3.Run(args, dst_td3.RunDirectory(args))
-    run.directory.path.mkdir(parents=True)
-    transitions = run.directory.path / "transitions.bin"
-    for _ in range(3):
-        for _ in range(50):
-            run.advance()
-        before = transitions.read_bytes() if transitions.exists() else b""
-        transitions.exists() and transitions.write_bytes(b"x" * len(before))  # what is on disk stays as it is
-        run.save()
-        after = transitions.read_bytes()
-        assert after[: len(before)] == b"x" * len(before)
-        written.append(len(after) - len(before))
+    transitions, written = run.directory.path / "transitions.bin", []
+    with run.directory.opened():
+        for _ in range(3):
+            for _ in range(50):
+                run.advance()
+            before = transitions.read_bytes() if transitions.exists() else b""
+            transitions.exists() and transitions.write_bytes(b"x" * len(before))  # what is on disk stays as it is
+            run.save()
+            after = transitions.read_bytes()
+            assert after[: len(before)] == b"x" * len(before)
+            written.append(len(after) - len(before))
     assert written == [50 * run.buffer.rows[0].nbytes] * 3
 
 
 @pytest.mark.parametrize("name", ["Humanoid-v4", "Ant-v4"])
-def test_an_environment_is_restored_with_its_hidden_state(name):
-    """Their rewards depend on simulator state that no observation shows."""
-    actions = [np.random.default_rng(i).uniform(-0.4, 0.4, 17 if name == "Humanoid-v4" else 8) for i in range(60)]
-    env = dst_td3.ReplayableEnvironment(dst_td3.make_environment(name), seed=3)
-    for action in actions[:15]:
-        env.step(action.astype(np.float32))
-    other = dst_td3.ReplayableEnvironment(dst_td3.make_environment(name), seed=4)
-    other.restore(env.reset_from, np.array(env.actions), env.observation)
-    for action in actions[15:]:
-        assert env.step(action) == other.step(action)
-        np.testing.assert_array_equal(env.observation, other.observation)
-    env.reset()
-    other.reset()
-    np.testing.assert_array_equal(env.observation, other.observation)
+def test_an_episode_follows_from_the_random_generators_state_alone(name):
+    """Checkpoints hold no more of an environment, though its rewards depend on state that no observation shows."""
+    used, fresh = dst_td3.make_environment(name), dst_td3.make_environment(name)
+    rng = np.random.default_rng(0)
+    actions = rng.uniform(-0.4, 0.4, (60, *used.action_space.shape)).astype(np.float32)
+    used.reset(seed=3)
+    for action in actions[:25]:
+        used.step(action)
+    fresh.reset(seed=4)
+    fresh.unwrapped.np_random.bit_generator.state = used.unwrapped.np_random.bit_generator.state
+    np.testing.assert_array_equal(used.reset()[0], fresh.reset()[0])
+    for action in actions:
+        observation, *rest, _ = used.step(action)
+        other, *other_rest, _ = fresh.step(action)
+        np.testing.assert_array_equal(observation, other)
+        assert rest == other_rest
+
+
+def test_an_environment_with_randomness_of_its_own_is_not_resumed(command_line, tmp_path):
+    arguments = ["--env", "OwnRandomness-v0", "--total-timesteps", 40, "--learning-starts", 20, "--eval-episodes", 1]
+    arguments += ["--checkpoint-interval", 10, "--results-dir", tmp_path]
+    args = dst_td3.Arguments(env="OwnRandomness-v0", total_timesteps=40, learning_starts=20, eval_episodes=1)
+    args = dst_td3.resolve(dataclasses.replace(args, results_dir=tmp_path))
+    run = dst_td3.Run(args, dst_td3.RunDirectory(args))
+    with run.directory.opened():
+        while not run.step or not run.between_episodes:
+            run.advance()
+        run.save()
+    code, _, error = command_line(*arguments)
+    assert code == 1 and "begins an episode otherwise than before" in error and error.count("\n") == 1
+
+
+# What a run directory was begun with
+
+
+def test_the_committed_runs_are_finished(command_line, monkeypatch):
+    """Also where arguments have been added since they were made, and on a machine with a GPU."""
+
+    @dataclasses.dataclass(frozen=True)
+    class MoreArguments(dst_td3.Arguments):
+        added_later: float = 0.5
+
+    monkeypatch.setattr(dst_td3.torch.cuda, "is_available", lambda: True)
+    directories = [
+        path.parent for path in (dst_td3.Path(dst_td3.__file__).parent / "results").glob("*-v4/*/*/summary.json")
+    ]
+    assert len(directories) >= 6
+    for directory in directories:
+        stored = json.loads((directory / "config.json").read_text())["arguments"]
+        changed = {name: stored[name] for name in ("env", "method", "seed", "total_timesteps", "dense_moments")}
+        args = MoreArguments(**changed, results_dir=directory.parents[2])
+        if stored["er_lambda"] is None and stored["sparsity"] is not None:
+            args = dataclasses.replace(args, sparsity=stored["sparsity"])
+        args = dst_td3.resolve(args)
+        assert (args.engine, args.device) == (stored["engine"], stored["device"])
+        run_directory = dst_td3.RunDirectory(args)
+        assert run_directory.finished and run_directory.path == directory
+        assert run_directory.begun_with() == run_directory.arguments
+    args = dataclasses.replace(args, added_later=0.6)
+    assert dst_td3.variant(args).endswith("_added-later=0.6")
+
+
+def test_a_resumed_run_says_what_makes_it_now(command_line, stopped):
+    config = json.loads((stopped / "config.json").read_text())
+    (stopped / "config.json").write_text(json.dumps(config | {"commit": "another"}))
+    code, output, _ = command_line(*SHORT, "--results-dir", stopped.parents[2])
+    assert code == 0 and "another commit, other versions or another machine" in output
+    (session,) = json.loads((stopped / "config.json").read_text())["resumed"]
+    assert session["step"] > 0 and session["commit"] == config["commit"]
+    assert session["versions"] == config["versions"] and session["machine"] == config["machine"]
 
 
 def test_a_finished_run_is_left_alone(command_line, unbroken, tmp_path):
@@ -203,7 +260,7 @@ def test_snapshots_are_kept_and_an_initial_policy_acts_first(command_line, tmp_p
 
 
 class Broken(gymnasium.Env):
-    """Returns a reward or an observation that is not finite at its fifth step."""
+    """Returns a reward or an observation that is not finite at its fifth step, or fails otherwise."""
 
     observation_space = gymnasium.spaces.Box(-np.inf, np.inf, (2,))
     action_space = gymnasium.spaces.Box(-1, 1, (1,))
@@ -211,14 +268,18 @@ class Broken(gymnasium.Env):
     def __init__(self, broken: str = "reward", observation_space=None, action_space=None):
         if broken == "start":
             raise KeyError("a file is missing")
-        self.broken = broken
+        self.broken, self.resets = broken, 0
         self.observation_space = observation_space or self.observation_space
         self.action_space = action_space or self.action_space
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         self.steps = 0
-        return np.zeros(2, dtype=np.float32), {}
+        if self.broken == "reset" and self.resets == 3:
+            raise RuntimeError("the simulator has crashed")
+        self.resets += 1
+        start = next(RANDOMNESS_OF_ITS_OWN) if self.broken == "randomness" else 0
+        return np.full(2, start, dtype=np.float32), {}
 
     def step(self, action):
         self.steps += 1
@@ -229,11 +290,14 @@ class Broken(gymnasium.Env):
         return observation, bad if self.broken == "reward" else 1.0, self.steps == 8, False, {}
 
 
+RANDOMNESS_OF_ITS_OWN = itertools.count()
 Box, Discrete, Dict = gymnasium.spaces.Box, gymnasium.spaces.Discrete, gymnasium.spaces.Dict
 for name, options in {
     "BrokenReward-v0": {"broken": "reward"},
     "BrokenObservation-v0": {"broken": "observation"},
     "BrokenStep-v0": {"broken": "step"},
+    "BrokenReset-v0": {"broken": "reset"},
+    "OwnRandomness-v0": {"broken": "randomness"},
     "FailsToStart-v0": {"broken": "start"},
     "DoubleActions-v0": {"broken": "nothing", "action_space": Box(-1, 1, (1,), np.float64)},
     "UnboundedActions-v0": {"action_space": Box(-np.inf, np.inf, (1,))},
@@ -247,9 +311,9 @@ for name, options in {
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ("--env Hoper-v4", "did you mean Hopper-v4"),
+        ("--env Hoper-v4", "Did you mean: `Hopper`?"),
         ("--env Hopper-v3", "Hopper-v4"),
-        ("--env Nonsense", "no environment Nonsense"),
+        ("--env Nonsense", "environment Nonsense cannot be made: Environment `Nonsense` doesn't exist"),
         ("--env DiscreteActions-v0", "vector of real numbers"),
         ("--env DictionaryObservations-v0", "vector of real numbers"),
         ("--env ImageObservations-v0", "vector of real numbers"),
@@ -265,7 +329,7 @@ for name, options in {
         ("--method td3 --sparsity 0.5", "td3 is dense"),
         ("--method td3 --er-lambda 7 64", "td3 is dense"),
         ("--method td3 --dense-moments", "--dense-moments"),
-        ("--engine sparse --dense-moments", "--dense-moments needs --engine masked"),
+        ("--engine sparse --dense-moments", "and no --dense-moments: choose --engine masked"),
         ("--batch-size 0", "--batch-size must be a positive whole number, not 0"),
         ("--total-timesteps -5", "--total-timesteps must be"),
         ("--total-timesteps 25000", "--total-timesteps must be more than --learning-starts (25000)"),
@@ -281,7 +345,10 @@ for name, options in {
         ("--eval-episodes 0", "--eval-episodes must be"),
         ("--threads 0", "--threads must be"),
         ("--seed -1", "--seed must be"),
-        ("--device tpu", "--device must be"),
+        ("--device tpu", "--device"),
+        ("--snapshot-at 2000000", "--snapshot-at must be steps of the run, 1 to 1000000"),
+        ("--snapshot-at 0", "--snapshot-at must be"),
+        ("--buffer-size 99999999999999999 --total-timesteps 99999999999999999", "more than this machine's memory"),
         ("--initial-policy nowhere.npz", "nowhere.npz is no policy"),
         ("--batch-size many", "--batch-size"),
         ("--spasity 0.5", "--sparsity"),
@@ -297,27 +364,43 @@ def test_bad_input_gets_one_clear_line_and_exit_code_2(command_line, tmp_path, a
     assert not list(tmp_path.iterdir()), "nothing is left behind"
 
 
-def test_a_missing_gpu_is_said(command_line, monkeypatch):
+def test_a_missing_gpu_is_said(command_line, tmp_path, monkeypatch):
     monkeypatch.setattr(dst_td3.torch.cuda, "is_available", lambda: False)
-    code, _, error = command_line("--device", "cuda")
+    code, _, error = command_line("--device", "cuda", "--results-dir", tmp_path)
     assert code == 2 and "there is none" in error
 
 
-@pytest.mark.parametrize(
-    ("what", "cause"),
-    [
-        ("Reward", "a reward that is not finite"),
-        ("Observation", "an observation that is not finite"),
-        ("Step", "failed with RuntimeError: the simulator has crashed"),
-    ],
-)
-def test_a_failing_environment_stops_the_run_after_a_checkpoint(command_line, tmp_path, monkeypatch, what, cause):
-    monkeypatch.setattr(dst_td3, "evaluate", lambda *_: ([0.0], [1]))  # it would meet the failure before training does
+FAILURES = {
+    "Reward": "returned a reward that is not finite",
+    "Observation": "returned an observation that is not finite",
+    "Step": "failed with RuntimeError: the simulator has crashed",
+}
+
+
+@pytest.mark.parametrize("what", FAILURES)
+def test_a_failing_environment_stops_the_run(command_line, tmp_path, monkeypatch, what):
+    monkeypatch.setattr(dst_td3, "evaluate", lambda *_: [(0.0, 1)])  # it would meet the failure before training does
     for _ in range(2):
         code, _, error = command_line("--env", f"Broken{what}-v0", "--results-dir", tmp_path)
-        assert code == 1 and f"step 5: Broken{what}-v0" in error and cause in error and error.count("\n") == 1
-    with np.load(run_directory(tmp_path) / "checkpoint.npz") as stored:
-        assert json.loads(str(stored["state"]))["step"] == 4
+        assert code == 1 and f"after step 4: Broken{what}-v0 {FAILURES[what]}" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("what", [*FAILURES, "Reset"])
+def test_a_failing_evaluation_stops_the_run_and_is_made_again(command_line, tmp_path, what):
+    cause = FAILURES.get(what, FAILURES["Step"])
+    for _ in range(2):
+        code, _, error = command_line("--env", f"Broken{what}-v0", "--results-dir", tmp_path)
+        assert code == 1 and f"after step 0: Broken{what}-v0 {cause}" in error and error.count("\n") == 1
+    assert not (run_directory(tmp_path) / "evaluations.csv").exists()
+
+
+def test_other_failures_are_not_blamed_on_the_results_folder(command_line, tmp_path, monkeypatch):
+    def lost(*_):
+        raise ConnectionResetError("connection lost")
+
+    monkeypatch.setattr(dst_td3.Progress, "evaluated", lost)
+    with pytest.raises(ConnectionResetError):
+        command_line(*SHORT, "--results-dir", tmp_path)
 
 
 @pytest.mark.parametrize("engine", ["masked", "sparse"])
@@ -328,19 +411,15 @@ def test_actions_of_double_precision_are_no_obstacle(command_line, tmp_path, eng
 
 
 def test_a_diverged_policy_stops_the_run(tmp_path):
-    args = dst_td3.resolve(
-        dst_td3.Arguments(
-            env="Hopper-v4", learning_starts=2, results_dir=tmp_path, hidden=(8, 8), device="cpu", engine="masked"
-        )
+    args = dst_td3.Arguments(
+        env="Hopper-v4", learning_starts=2, results_dir=tmp_path, hidden=(8, 8), device="cpu", engine="masked"
     )
     run = dst_td3.Run(args, dst_td3.RunDirectory(args))
     run.advance()
     run.advance()
     run.agent.actor.layers[0].bias.data.fill_(np.nan)
-    before = run.rng.bit_generator.state
-    with pytest.raises(dst_td3.RunError, match="step 3: the policy's action is not finite"):
+    with pytest.raises(dst_td3.RunError, match="the policy's action is not finite"):
         run.advance()
-    assert run.step == 2 and run.rng.bit_generator.state == before
 
 
 @pytest.fixture
@@ -387,7 +466,7 @@ def test_a_checkpoint_of_another_run_is_refused(command_line, stopped, tmp_path)
     shutil.copy(stopped / "checkpoint.npz", found[0])
     before = found[0].read_bytes()
     code, _, error = command_line(*SHORT, *other)
-    assert code == 2 and "other arguments" in error
+    assert code == 2 and "another run" in error
     assert found[0].read_bytes() == before
 
 
@@ -422,12 +501,12 @@ def test_loading_executes_nothing(tmp_path, command_line):
     np.savez(tmp_path / "policy.npz", **{"0.shape": objects, "env": objects})
     with pytest.raises(dst_td3.InputError, match="no policy"):
         dst_td3.load_policy(tmp_path / "policy.npz", "Hopper-v4")
-    args = dst_td3.resolve(dst_td3.Arguments(env="Hopper-v4", results_dir=tmp_path, device="cpu", total_timesteps=100))
+    args = dst_td3.Arguments(env="Hopper-v4", results_dir=tmp_path, device="cpu", engine="masked", total_timesteps=100)
     run = dst_td3.Run(args, dst_td3.RunDirectory(args))
-    run.directory.path.mkdir(parents=True)
-    np.savez(run.directory.path / "checkpoint.npz", state=objects)
-    with pytest.raises(dst_td3.InputError, match="cannot be resumed"):
-        run.load()
+    with run.directory.opened():
+        np.savez(run.directory.path / "checkpoint.npz", state=objects)
+        with pytest.raises(dst_td3.InputError, match="cannot be resumed"):
+            run.load()
     assert not (tmp_path / "executed").exists()
 
 

@@ -10,10 +10,11 @@ import glfw
 import imageio.v3
 import numpy as np
 import pytest
-from conftest import PROGRAM, finished_run, rows_of, start_process
+from conftest import PROGRAM, finished_run, rows_of
 from gymnasium.envs.mujoco.hopper_v4 import HopperEnv
 
 import dst_td3
+import watch
 
 NO_SCREEN = {k: v for k, v in os.environ.items() if k not in ("DISPLAY", "WAYLAND_DISPLAY", "MUJOCO_GL")}
 
@@ -29,10 +30,31 @@ needs_drawing = pytest.mark.skipif(
 )
 
 
-def watch(*arguments: object, **variables: str) -> subprocess.CompletedProcess:
-    """Watch in a process of its own, since MuJoCo fixes at its import how it draws."""
-    command = [sys.executable, PROGRAM, "--watch", *map(str, arguments)]
-    return subprocess.run(command, env=NO_SCREEN | variables, capture_output=True, text=True)
+def command(*arguments: object) -> list[str]:
+    """Return the command that watches, as a process of its own, since MuJoCo fixes at its import how it draws."""
+    return [sys.executable, str(PROGRAM.with_name("watch.py")), *map(str, arguments)]
+
+
+def run_watch(*arguments: object, **variables: str) -> subprocess.CompletedProcess:
+    """Watch without a screen, with further environment variables."""
+    return subprocess.run(command(*arguments), env=NO_SCREEN | variables, capture_output=True, text=True)
+
+
+@pytest.fixture
+def watch_here(monkeypatch, capsys):
+    """Return a function that watches in this process and returns exit code, standard output and error."""
+    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["watch.py", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            code = watch.main()
+        except SystemExit as leaving:
+            code = leaving.code
+        return code, *capsys.readouterr()
+
+    return run
 
 
 @pytest.fixture(scope="session")
@@ -43,7 +65,7 @@ def stand(tmp_path_factory):
 
 def test_watching_repeats_the_last_evaluation_without_a_screen_too(stand):
     last = rows_of(stand / "evaluations.csv")[-1]
-    shown = watch(stand, "--eval-episodes", 2)
+    shown = run_watch(stand, "--episodes", 2)
     assert shown.returncode == 0, shown.stderr
     assert shown.stderr == ""
     assert shown.stdout.startswith("there is no screen")
@@ -58,7 +80,7 @@ def test_watching_repeats_the_last_evaluation_without_a_screen_too(stand):
 @pytest.mark.parametrize("suffix", ["gif", "mp4"])
 def test_a_video_shows_the_episode_in_real_time(stand, tmp_path, suffix):
     path = tmp_path / f"agent.{suffix}"
-    shown = watch(stand, "--video", path, "--eval-episodes", 1)
+    shown = run_watch(stand, "--video", path, "--episodes", 1)
     assert shown.returncode == 0 and shown.stderr == "", shown.stderr
     steps = int(shown.stdout.split()[4])
     with imageio.v3.imopen(path, "r") as file:
@@ -76,7 +98,7 @@ def test_drawing_changes_no_return():
     for extended in (False, True):
         env = dst_td3.make_environment("HalfCheetah-v4")
         if extended:
-            dst_td3.extend_floor(env.unwrapped.model)
+            watch.extend_floor(env.unwrapped.model)
         env.reset(seed=0)
         position = env.unwrapped.data.qpos.copy()
         position[0] = 39.5
@@ -90,41 +112,40 @@ def test_drawing_changes_no_return():
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ("--watch {empty}", "needs the directory of a run"),
-        ("--watch {run} --video {empty}/agent.avi", "must be a file that ends in .mp4 or .gif"),
-        ("--watch {run} --video {folder}", "must be a file that ends in .mp4 or .gif"),
-        ("--watch {run} --seed 1", "leave out --seed"),
-        ("--watch {run} --eval-episodes 0", "--eval-episodes must be"),
-        ("--video agent.gif", "--watch RUN_DIRECTORY"),
-        ("--watch {unfinished}", "when it is finished"),
+        ("{empty}", "is not the directory of a run"),
+        ("{run} --video {empty}/agent.avi", "must be a file that ends in .mp4 or .gif"),
+        ("{run} --video {folder}", "must be a file that ends in .mp4 or .gif"),
+        ("{run} --video {empty}/missing/agent.gif", "cannot write"),
+        ("{run} --episodes 0", "--episodes must be"),
+        ("{unfinished}", "when it is finished"),
     ],
 )
-def test_what_cannot_be_watched_is_said_in_one_line(command_line, stand, tmp_path, arguments, expected):
+def test_what_cannot_be_watched_is_said_in_one_line(watch_here, stand, tmp_path, arguments, expected):
     unfinished = tmp_path / "unfinished"
     unfinished.mkdir()
     shutil.copy(stand / "config.json", unfinished)
     folder = tmp_path / "folder.gif"
     folder.mkdir()
     filled = arguments.format(run=stand, empty=tmp_path, unfinished=unfinished, folder=folder)
-    code, output, error = command_line(*filled.split())
+    code, output, error = watch_here(*filled.split())
     assert (code, output) == (2, "")
-    assert expected in error and error.count("\n") == 1
+    assert error.startswith("watch.py: error: ") and error.count("\n") == 1
+    assert expected in error
 
 
-@needs_drawing
-def test_a_video_that_cannot_be_written_is_said(stand, tmp_path):
-    shown = watch(stand, "--video", tmp_path / "missing" / "agent.gif")
-    assert shown.returncode == 2
-    assert shown.stderr.count("\n") == 1 and "cannot write" in shown.stderr
+@pytest.mark.parametrize("arguments", [(), ("{run}", "--seed", "1"), ("{run}", "--eval-episodes", "1")])
+def test_other_arguments_than_its_own_are_refused(watch_here, stand, arguments):
+    code, output, _ = watch_here(*(argument.format(run=stand) for argument in arguments))
+    assert (code, output) == (2, "")
 
 
-def test_missing_graphics_are_said(stand, tmp_path, command_line, monkeypatch):
+def test_missing_graphics_are_said(watch_here, stand, tmp_path, monkeypatch):
     def fail(self):
         raise ImportError("no such library")
 
     monkeypatch.setattr(HopperEnv, "render", fail)
     monkeypatch.setenv("MUJOCO_GL", "egl")
-    code, _, error = command_line("--watch", stand, "--video", tmp_path / "agent.gif")
+    code, _, error = watch_here(stand, "--video", tmp_path / "agent.gif")
     assert code == 2
     assert "cannot draw Hopper-v4: no such library" in error and error.count("\n") == 1
     assert not list(tmp_path.iterdir())
@@ -132,26 +153,27 @@ def test_missing_graphics_are_said(stand, tmp_path, command_line, monkeypatch):
 
 @pytest.mark.parametrize("further", [(), ("--video", "agent.gif")])
 def test_an_impossible_way_to_draw_is_said(stand, tmp_path, further):
-    shown = watch(stand, *further, MUJOCO_GL="crayons")
+    shown = run_watch(stand, *further, MUJOCO_GL="crayons")
     assert shown.returncode == 2
     assert shown.stderr.count("\n") == 1 and "crayons" in shown.stderr
 
 
 @needs_drawing
-def test_a_stopped_video_leaves_the_old_one(stand, tmp_path):
-    path = tmp_path / "agent.gif"
+@pytest.mark.parametrize("suffix", ["gif", "mp4"])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_video_leaves_the_old_one(stand, tmp_path, suffix, number, code):
+    path = tmp_path / f"agent.{suffix}"
     path.write_bytes(b"old")
-    arguments = ("--watch", stand, "--video", path, "--eval-episodes", 100_000)
-    # A shell's background jobs ignore Ctrl-C, and what they start inherits that.
-    process = start_process(*arguments, env=NO_SCREEN, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    arguments = (stand, "--video", path, "--episodes", 100_000)
+    process = subprocess.Popen(command(*arguments), env=NO_SCREEN, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.readline()
-    process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
-    assert process.returncode == 130
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    assert (process.returncode, error) == (code, b"")
     assert os.listdir(tmp_path) == [path.name] and path.read_bytes() == b"old"
 
 
 def test_the_viewer_is_for_mujoco(monkeypatch):
     monkeypatch.setattr(glfw, "init", lambda: True)
-    with pytest.raises(dst_td3.InputError, match="not simulated by MuJoCo"), dst_td3.viewer("Pendulum-v1"):
+    with pytest.raises(dst_td3.InputError, match="not simulated by MuJoCo"), watch.viewer("Pendulum-v1"):
         pass
