@@ -9,7 +9,8 @@ pieces to TD3, and each is one function here:
 3. ``drop_and_grow``         an adaptation that drops the weakest connections and grows as many new ones,
 4. ``prune_target``          target networks that stay as sparse as the networks they follow.
 
-The file reads from top to bottom. ``python dst_td3.py --env Hopper-v4 --sparsity 0.5`` trains.
+Whoever only wants the paper reads from "Sparse topology" to "TD3". Two engines compute it: the masked one here, dense
+matrices times 0/1 masks, and ``sparse_engine.py``, where cost follows the connections.
 """
 
 import dataclasses
@@ -84,7 +85,6 @@ class Arguments:
     exploration_noise: float = 0.1  # standard deviation of the exploration noise, in units of half the action range
     policy_noise: float = 0.2  # standard deviation of the target policy's smoothing noise, in the same units
     noise_clip: float = 0.5  # bound of the smoothing noise, in the same units
-
     eval_interval: int = 5000  # steps between two evaluations
     eval_episodes: int = 10  # noise-free episodes in an evaluation
     checkpoint_interval: int = 10_000  # steps between two checkpoints; a stopped run also writes one
@@ -101,6 +101,8 @@ class Arguments:
     # How a run is stored and shown; none of these changes a number that it computes.
     PRESENTATION: ClassVar = ("results_dir", "checkpoint_interval", "snapshot_at", "tensorboard", "track", "describe")
 
+    # What another algorithm, with a subclass of these arguments, sets anew.
+    OUTPUTS_PER_ACTION: ClassVar = 1  # of the actor
     # The paper's lambda for its two sparse layers of 256. Ant-v4 observes 27 numbers where the paper's Ant-v3 had 111:
     # 40 would be more than a full layer, and 12.6 keeps the paper's density of the actor's first layer (0.52).
     PAPER_LAMBDA: ClassVar = {
@@ -236,10 +238,10 @@ def count_connections(widths: list[int], sparsity: float | None = None, er_lambd
     full = np.array([inputs * outputs for inputs, outputs in shapes[:-1]], dtype=float)
     units = np.array([inputs + outputs for inputs, outputs in shapes[:-1]], dtype=float)
     if er_lambda is None:
-        # What a shared lambda gives all layers together grows along straight lines between those that fill a layer.
-        filling = np.sort(np.append(0, full / units))
-        totals = [np.minimum(value * units, full).sum() for value in filling]
-        er_lambda = np.interp((1 - (sparsity or 0)) * full.sum(), totals, filling)
+        # The total is piecewise linear in a shared lambda, with a kink where a layer fills: interpolation inverts it.
+        kinks = np.sort(np.append(0, full / units))
+        totals = [np.minimum(kink * units, full).sum() for kink in kinks]
+        er_lambda = np.interp((1 - (sparsity or 0)) * full.sum(), totals, kinks)
     counts = np.minimum(er_lambda * units, full)
     # Rounding the running sum, not each count, keeps the total exact.
     rounded = np.diff(np.floor(np.cumsum(counts) + 0.5), prepend=0).astype(int)
@@ -252,8 +254,7 @@ def count_connections(widths: list[int], sparsity: float | None = None, er_lambd
 def erdos_renyi_topology(shape: tuple[int, ...], connections: int, rng: Generator) -> np.ndarray:
     """Draw the mask of one layer: piece 1, the Erdős-Rényi initialization.
 
-    Returns a float32 mask of ``shape`` [..., inputs, outputs] in which each network of the leading axes has exactly
-    ``connections`` ones, every such topology being equally likely.
+    Each network of ``shape`` [..., inputs, outputs] gets ``connections`` ones, every such topology equally likely.
     """
     *networks, inputs, outputs = shape
     mask = np.zeros((*networks, inputs * outputs), dtype=np.float32)
@@ -273,6 +274,11 @@ def adaptation_due(step: int, period: int, args: Arguments) -> bool:
     return step // args.adapt_interval > (step - period) // args.adapt_interval
 
 
+def _networks(tensor: Tensor) -> Tensor:
+    """View a stack [..., inputs, outputs] as [networks, inputs * outputs]; what changes there changes here."""
+    return tensor.view(-1, tensor.shape[-2] * tensor.shape[-1])
+
+
 def drop_and_grow(weight: Tensor, mask: Tensor, drop_fraction: float, rng: Generator) -> tuple[Tensor, Tensor]:
     """Choose which connections of a layer go and where new ones come: piece 3, the adaptation (the SET rule).
 
@@ -284,16 +290,26 @@ def drop_and_grow(weight: Tensor, mask: Tensor, drop_fraction: float, rng: Gener
     """
     kept, grown = mask.clone(), torch.zeros_like(mask)
     for w, k, g in zip(_networks(weight), _networks(kept), _networks(grown), strict=True):
-        connections = k.nonzero().squeeze(-1)
-        if len(connections) == len(k):
+        connected = k.nonzero().squeeze(-1)
+        if len(connected) == len(k):
             continue
-        for signed in (connections[w[connections] >= 0], connections[w[connections] < 0]):
+        for signed in (connected[w[connected] >= 0], connected[w[connected] < 0]):
             weakest_first = w[signed].abs().argsort(stable=True)
             k[signed[weakest_first[: round(drop_fraction * len(signed))]]] = 0
         empty = (k == 0).nonzero().squeeze(-1)
-        dropped = len(connections) - (len(k) - len(empty))
+        dropped = len(connected) - int(k.sum())
         g[empty[torch.from_numpy(rng.choice(len(empty), dropped, replace=False)).to(empty.device)]] = 1
     return kept, grown
+
+
+def target_support(target: Tensor, mask: Tensor) -> Tensor:
+    """List the flat positions [..., positions] where a target is or can become non-zero until ``mask`` changes again.
+
+    Pruning among them is three times as fast as among all. Where stacked networks differ, some stay zero all along.
+    """
+    reachable = ((target != 0) | (mask != 0)).flatten(-2)
+    order = reachable.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
+    return order[..., : int(reachable.sum(-1).max())].contiguous()
 
 
 def prune_target(target: Tensor, support: Tensor, connections: int) -> None:
@@ -312,22 +328,6 @@ def prune_target(target: Tensor, support: Tensor, connections: int) -> None:
         weights.index_fill_(0, positions.index_select(0, smallest), 0)
 
 
-def target_support(target: Tensor, mask: Tensor) -> Tensor:
-    """List the flat positions [..., positions] where a target is or can become non-zero until ``mask`` changes again.
-
-    They spare ``prune_target`` the search through the whole matrix. Stacked networks that need fewer positions than the
-    largest are filled up with some that stay zero.
-    """
-    reachable = ((target != 0) | (mask != 0)).flatten(-2)
-    order = reachable.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
-    return order[..., : int(reachable.sum(-1).max())].contiguous()
-
-
-def _networks(tensor: Tensor) -> Tensor:
-    """View [..., inputs, outputs] as [networks, inputs * outputs]."""
-    return tensor.view(-1, tensor.shape[-2] * tensor.shape[-1])
-
-
 # --- Masked networks --------------------------------------------------------------------------------------------------
 class Layer(NamedTuple):
     """One layer's parameters: ``weight`` and ``mask`` [..., inputs, outputs], ``bias`` [..., 1, outputs]."""
@@ -338,13 +338,10 @@ class Layer(NamedTuple):
 
 
 def initial_layers(widths: list[int], connections: list[int], rng: Generator, networks: tuple = ()) -> list[Layer]:
-    """Draw the first topology and weights of a network, or of a stack of them with the leading axes ``networks``.
-
-    Weights and biases are uniform within 1/sqrt(inputs), torch's own initialization of a linear layer.
-    """
+    """Draw the first topology and weights of a network, or of a stack of them with the leading axes ``networks``."""
     layers = []
     for (inputs, outputs), count in zip(itertools.pairwise(widths), connections, strict=True):
-        bound = 1 / math.sqrt(inputs)
+        bound = 1 / math.sqrt(inputs)  # torch's own initialization of a linear layer
         mask = erdos_renyi_topology((*networks, inputs, outputs), count, rng)
         weight = rng.uniform(-bound, bound, mask.shape).astype(np.float32) * mask
         bias = rng.uniform(-bound, bound, (*networks, 1, outputs)).astype(np.float32)
@@ -368,13 +365,14 @@ class MaskedNetwork:
     """A sparse network as dense matrices and 0/1 masks, with its Adam optimizer and its target network.
 
     No gradient, moment or weight decay reaches a position without a connection, and a grown one starts at zero with
-    zero moments, as where connections alone are stored. With ``--dense-moments``, as in the authors' code, every
-    position takes Adam's step, and the mask is applied after it or, where an adaptation follows, after that.
+    zero moments, as where connections alone are stored; Adam's bias correction goes on with the network's age. With
+    ``--dense-moments``, as in the authors' code, Adam steps at empty positions too, and what grows there keeps it.
     """
 
     def __init__(self, layers: list[Layer], args: Arguments):
         self.args = args
         self.layers = [Layer(*(torch.tensor(array, device=args.device) for array in layer)) for layer in layers]
+        # A target's topology is where it is not zero; its masks are not used.
         self.target = [Layer(*(tensor.clone() for tensor in layer)) for layer in self.layers]
         self.initial_masks = [layer.mask.clone() for layer in self.layers]
         self.connections = [int(_networks(layer.mask)[0].sum()) for layer in self.layers]
@@ -390,6 +388,7 @@ class MaskedNetwork:
 
     def minimize(self, loss: Tensor) -> None:
         """Take one Adam step down the gradient of ``loss``, within the topology."""
+        # Not backward(): the actor's loss also runs through the critics, whose gradients are not wanted.
         gradients = torch.autograd.grad(loss, self.parameters)
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient
@@ -462,9 +461,6 @@ class MaskedNetwork:
 # --- TD3 --------------------------------------------------------------------------------------------------------------
 
 
-Bounds = tuple[np.ndarray, np.ndarray]  # the least and the greatest actions, float32 [actions]
-
-
 class Batch(NamedTuple):
     """Transitions as float32 arrays [batch, ...]; ``terminated`` is 1 where no state follows, 0 at a time limit."""
 
@@ -503,13 +499,17 @@ class ReplayBuffer:
 
 
 class TD3:
-    """Twin delayed DDPG. An engine's own class adds ``act``, ``update_critics`` and ``update_actor``."""
+    """Twin delayed DDPG, as far as both engines share it; theirs add ``act``, ``update_critics`` and ``update_actor``.
 
-    def __init__(self, network: type, actor: list[Layer], critics: list[Layer], bounds: Bounds, args: Arguments):
+    A run asks any agent for ``networks`` (each with ``topologies``), ``losses`` of the last update, ``act``,
+    ``explore``, ``learn``, ``policy_layers``, ``state`` and ``load_state``.
+    """
+
+    def __init__(self, network: type, actor: list[Layer], critics: list[Layer], bounds: tuple, args: Arguments):
         self.args, self.bounds = args, bounds
         self.actor, self.critics = network(actor, args), network(critics, args)
         self.networks = {"actor": self.actor, "critic": self.critics}
-        self.losses: dict[str, float] = {}
+        self.losses: dict[str, float | Tensor] = {}
 
     def explore(self, observation: np.ndarray, rng: Generator, act: Callable | None = None) -> np.ndarray:
         """Return the action [actions] of the policy, or of ``act``, with exploration noise, within the bounds."""
@@ -530,6 +530,10 @@ class TD3:
             self.actor.update_target()
             self.critics.update_target()
 
+    def policy_layers(self) -> list[Layer]:
+        """Return copies of the layers whose outputs, through a tanh, are the deterministic actions."""
+        return self.actor.layer_arrays()
+
     def state(self) -> dict[str, np.ndarray]:
         """Return everything that training changes, as numpy arrays by name."""
         return {f"{name}.{key}": a for name, network in self.networks.items() for key, a in network.state().items()}
@@ -543,7 +547,7 @@ class TD3:
 class MaskedTD3(TD3):
     """TD3 on masked networks, on any torch device."""
 
-    def __init__(self, actor: list[Layer], critics: list[Layer], bounds: Bounds, args: Arguments):
+    def __init__(self, actor: list[Layer], critics: list[Layer], bounds: tuple, args: Arguments):
         super().__init__(MaskedNetwork, actor, critics, bounds, args)
         self.low, self.high = (torch.tensor(bound, device=args.device) for bound in bounds)
 
@@ -554,10 +558,7 @@ class MaskedTD3(TD3):
         return policy(self.actor.layers, x[None], self.low, self.high)[0].cpu().numpy()
 
     def update_critics(self, batch: Batch, noise: np.ndarray) -> None:
-        """Fit both critics to the smaller of the target critics' values (clipped double Q-learning).
-
-        ``noise`` [batch, actions] is standard normal; scaled and clipped, it smooths the target policy.
-        """
+        """Fit both critics to the smaller target value; ``noise`` [batch, actions], unscaled, smooths the policy."""
         observation, action, reward, next_observation, terminated = self._to_device(*batch)
         with torch.no_grad():
             (noise,) = self._to_device(noise)
@@ -566,7 +567,7 @@ class MaskedTD3(TD3):
             next_action = next_action + noise * (self.high - self.low) / 2
             next_action = torch.minimum(torch.maximum(next_action, self.low), self.high)
             next_values = forward(self.critics.target, torch.cat([next_observation, next_action], dim=-1))
-            target_value = reward + self.args.gamma * (1 - terminated) * next_values.amin(dim=-3)
+            target_value = reward + self.args.gamma * (1 - terminated) * next_values.amin(dim=-3)  # of both critics
         values = forward(self.critics.layers, torch.cat([observation, action], dim=-1))
         loss = (values - target_value).square().mean(dim=(-2, -1)).sum()
         self.critics.minimize(loss)
@@ -644,15 +645,15 @@ def evaluate(act: Callable, env: gymnasium.Env, episodes: int, seed: int) -> Ite
 def network_sizes(env: gymnasium.Env, args: Arguments) -> list[tuple[list[int], list[int]]]:
     """Return widths and connections of the layers of the actor and of each critic; InputError as count_connections."""
     observations, actions = env.observation_space.shape[0], env.action_space.shape[0]
-    both = [observations, *args.hidden, actions], [observations + actions, *args.hidden, 1]
+    outputs = actions * args.OUTPUTS_PER_ACTION
+    both = [observations, *args.hidden, outputs], [observations + actions, *args.hidden, 1]
     return [(widths, count_connections(widths, args.sparsity, args.er_lambda)) for widths in both]
 
 
 def count_costs(env: gymnasium.Env, args: Arguments) -> dict[str, float]:
-    """Count the connections of actor and critics, the fraction that they go without, and training FLOPs, as the paper.
+    """Count actor's and critics' connections (no biases, no targets) and training FLOPs, as the paper does.
 
-    Left out are biases and targets. FLOPs take multiply and add apart and a backward pass as two forward passes; left
-    out is the critic's part in the actor's loss, and updates count as if they ran at every step.
+    A backward pass is two forward ones, the critic's part in the actor's loss is left out, and every step counts.
     """
 
     def count(args: Arguments) -> tuple[int, float]:
@@ -690,7 +691,7 @@ def describe(env: gymnasium.Env, args: Arguments) -> str:
 
 
 def learning_curve_area(returns: list[float], eval_interval: int, total_timesteps: int) -> float:
-    """Return the paper's LCA: the sum of all evaluations' returns, the untrained agent's too, over the number of steps.
+    """Return the paper's LCA: all evaluations' returns, the first before training, summed, over the number of steps.
 
     It evaluates every 5,000 steps; where evaluations lie otherwise apart, each counts for as many of those.
     """
@@ -744,7 +745,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         raise ValueError(str(error)) from error
 
 
-def save_policy(path: Path, actor: list[Layer], bounds: Bounds, env: str) -> None:
+def save_policy(path: Path, actor: list[Layer], bounds: tuple, env: str) -> None:
     """Write a trained actor: for each layer a bit for each position, the connections' weights and the biases."""
     arrays = {"env": np.array(env), "low": bounds[0], "high": bounds[1]}
     for index, layer in enumerate(actor):
@@ -758,10 +759,7 @@ def save_policy(path: Path, actor: list[Layer], bounds: Bounds, env: str) -> Non
 
 
 def load_policy(path: Path, env: str) -> Callable[[np.ndarray], np.ndarray]:
-    """Read what ``save_policy`` wrote as a function from an observation [observations] to an action [actions].
-
-    Raises InputError when it cannot be read, is no policy or was trained for another environment than ``env``.
-    """
+    """Read a policy for ``env`` as a function from observation to action. Raises InputError when it is none."""
     try:
         arrays = read_arrays(path)
         layers = []
@@ -781,8 +779,8 @@ def load_policy(path: Path, env: str) -> Callable[[np.ndarray], np.ndarray]:
 
 def provenance() -> dict:
     """Return the versions, the git commit of this file and the machine that a run is made with."""
-    git = ["git", "-C", str(Path(__file__).resolve().parent), "describe"]
-    git += ["--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    describing = "describe --always --dirty --abbrev=40 --exclude=*"
+    git = ["git", "-C", str(Path(__file__).resolve().parent), *describing.split()]
     try:
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -796,17 +794,19 @@ def provenance() -> dict:
 
 
 class RunDirectory:
-    """RESULTS_DIR/ENV/VARIANT/seedN."""
+    """The folder of a run, RESULTS_DIR/ENV/VARIANT/seedN: what it was begun with, its lock, whether it is finished."""
 
     def __init__(self, args: Arguments):
         self.path = args.results_dir / args.env.replace("/", "-") / variant(args) / f"seed{args.seed}"
         self.config = self.path / "config.json"
-        self.arguments, self.defaults = self._stored(args), self._stored(type(args)())
+        self.arguments, self.defaults, self.id = self._stored(args), self._stored(type(args)()), None
 
     @staticmethod
     def _stored(args: Arguments) -> dict:
         values = {k: v for k, v in dataclasses.asdict(args).items() if k not in args.PRESENTATION}
-        return json.loads(json.dumps(values, default=lambda path: path.name))  # of a policy, wherever it lies
+        if args.initial_policy is not None and args.initial_policy.exists():  # what counts is its content
+            values["initial_policy"] = f"{args.initial_policy.name} {zlib.crc32(args.initial_policy.read_bytes()):x}"
+        return json.loads(json.dumps(values, default=str))
 
     def begun_with(self) -> dict:
         """Return the arguments of the run that is here, if any; those added since are at their defaults."""
@@ -839,7 +839,7 @@ class RunDirectory:
             yield
 
     def resumed(self, step: int) -> None:
-        """Note what the run goes on with, and say so, where it is not what the run was last made with."""
+        """Where commit, versions or machine are not those of the run so far, say so and add them to its file."""
         config, now = json.loads(self.config.read_text()), provenance()
         sessions = config.get("resumed", [])
         if any(now[key] != [config, *sessions][-1][key] for key in now):
@@ -862,7 +862,7 @@ class Run:
     """A training run: everything that changes while it goes on, and the checkpoints that bring it back.
 
     Checkpoints are written between episodes: simulators hide state while one goes on (MuJoCo's solver, a time limit's
-    counter), but it begins from the environment's random generator alone. All else is drawn from one numpy generator.
+    counter), but an episode begins from its random generator alone. All else is drawn from one numpy generator.
     """
 
     def __init__(self, args: Arguments, directory: RunDirectory):
@@ -881,7 +881,7 @@ class Run:
         self.step, self.saved_step = 0, 0
         self.tables: dict[str, list[dict]] = {"evaluations": [], "timing": [], "topology": []}
         self.seconds = {"training": 0.0, "evaluation": 0.0}
-        self.env.reset(seed=args.seed)
+        self.env.reset(seed=args.seed)  # seeds its generator, from whose state the first episode begins
         self.begin_episode()
 
     def begin_episode(self) -> None:
@@ -1010,7 +1010,7 @@ class Run:
 
     def save_policy(self, name: str) -> None:
         """Write the policy so far into the run directory."""
-        save_policy(self.directory.path / name, self.agent.actor.layer_arrays(), self.bounds, self.args.env)
+        save_policy(self.directory.path / name, self.agent.policy_layers(), self.bounds, self.args.env)
 
     def finish(self) -> dict:
         """Write the trained policy and the summary, remove what only an unfinished run needs, return the summary."""
@@ -1069,8 +1069,9 @@ class Progress:
     def evaluated(self, row: dict) -> None:
         """Show and log an evaluation's row of the table, and log the losses of the last update."""
         step, mean, std, sparsity = row["step"], row["return_mean"], row["return_std"], self.run.costs["sparsity"]
-        for name, value in (row | self.run.agent.losses).items() if self.writer else ():
-            self.writer.add_scalar(name, value, step)
+        if self.writer:
+            for name, value in (row | self.run.agent.losses).items():
+                self.writer.add_scalar(name, value, step)
         self.bar.set_postfix_str(f"return {mean:.0f}, sparsity {sparsity:.2f}")
         if self.bar.disable:
             elapsed = time.perf_counter() - self.began_at
@@ -1107,7 +1108,6 @@ def train(args: Arguments) -> int:
     run = None if directory.finished else Run(args, directory)
     with directory.opened():
         if directory.finished:
-            directory.remove_working_files()
             print(f"{directory.path} is finished already: nothing to do")
             return 0
         run.load()

@@ -39,7 +39,7 @@ from numba.core import cgutils, event
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
-from dst_td3 import TD3, Arguments, Batch, Bounds, Layer
+from dst_td3 import TD3, Arguments, Batch, Layer
 
 BETAS = (0.9, 0.999)  # Adam's, as torch has them by default
 # No assumption that values are finite: a diverged network must show as one.
@@ -931,7 +931,7 @@ class SparseTD3(TD3):
     The first one after an installation compiles the kernels, which takes some seconds; later ones find them compiled.
     """
 
-    def __init__(self, actor: list[Layer], critics: list[Layer], bounds: Bounds, args: Arguments):
+    def __init__(self, actor: list[Layer], critics: list[Layer], bounds: tuple, args: Arguments):
         self.dtype = actor[0].weight.dtype.type
         super().__init__(SparseNetwork, actor, critics, tuple(np.array(bound, self.dtype) for bound in bounds), args)
         self.settings = Settings(*map(self.dtype, (args.gamma, args.policy_noise, args.noise_clip)))
