@@ -6,7 +6,8 @@ cd "$(dirname "$0")"
 # bash reads what is between these braces before it begins, so this file may change while it runs for days.
 {
 # The grid of one seed, in the order in which it is made. The defaults of dst_td3.py are the paper's settings, so a row
-# only says what differs. N% stands for the policy after N % of a run: the paper's 5e5 and 7e5 steps.
+# only says what differs, in any options of dst_td3.py. N% of --snapshot-at and --initial-policy stands for the policy
+# after N % of a run, the paper's 5e5 and 7e5 steps; --initial-policy takes that of the run that is otherwise the same.
 # shown in                   environment     method      further arguments
 grid='
 fig1,tables,fig2,fig4        HalfCheetah-v4  ds-td3      --snapshot-at 50% 70%
@@ -89,9 +90,10 @@ while (($#)); do
 done
 results=$folder${quick:+/quick}
 : "${seeds:=${quick:+2}}" "${steps:=${quick:+1500}}"
-: "${seeds:=5}" "${steps:=1000000}" "${jobs:=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)}"
+: "${seeds:=5}" "${steps:=1000000}" "${jobs:=$(nproc)}"
 for option in seeds steps jobs line; do
-  [[ ${!option} =~ ^([1-9][0-9]{0,8})?$ ]] || reject "--$option must be a positive whole number, not ${!option} (at most 999999999)"
+  [[ ${!option} =~ ^([1-9][0-9]{0,8})?$ ]] ||
+    reject "--$option must be a positive whole number, not ${!option} (at most 999999999)"
 done
 least_steps=${quick:+10}
 ((steps >= ${least_steps:=25001})) || reject "--steps must be at least $least_steps, not $steps: learning has to start"
@@ -101,49 +103,80 @@ least_steps=${quick:+10}
 # The list of runs: for each its command, its directory, and the file it needs from another run, if any
 # ---------------------------------------------------------------------------------------------------------------------
 
-commands=() directories=() needs=()
-
-# dst_td3.py names a variant by the arguments that differ from the paper's: " --sparsity 0.8" becomes "_sparsity=0.8".
-as_variant() {
-  local name=${1// --/_}
-  echo "${name// /=}"
-}
-
-add_run() {
-  local seed=$1 env=$2 method=$3 option=${4%% *} values=${4#* } topology='' snapshots='' initial='' need='' value
-  case $option in
-    --snapshot-at)
-      snapshots=" $option"
-      for value in $values; do snapshots+=" $((steps * ${value%\%} / 100))"; done ;;
-    --initial-policy)
-      initial=" $option policy-$((steps * ${values%\%} / 100))"
-      need=$results/$env/$method$(as_variant "$length$evaluation")/seed$seed/${initial##* }.npz ;;
-    ?*) topology=" $option $values" ;;
-  esac
-  needs+=("$need")
-  directories+=("$results/$env/$method$(as_variant "$topology$length$initial$evaluation")/seed$seed")
-  commands+=("python dst_td3.py --env $env --method $method --seed $seed$topology$length\
-${need:+ --initial-policy $need}$evaluation$snapshots --device cpu --results-dir $results")
-}
+rows=''
+while read -r figures env method further; do
+  [[ -n $figures ]] || continue
+  for name in "${only[@]}"; do
+    [[ ,$figures,$env,$method, == *,$name,* ]] || continue 2
+  done
+  rows+="$env $method $further"$'\n'
+done <<<"$grid"
+[[ -n $rows ]] ||
+  reject "no run is of ${only[*]} together: --only takes fig1 to fig4, tables, an environment or a method"
 
 length='' evaluation=''
-((steps == 1000000)) || length=" --total-timesteps $steps"
+((steps == 1000000)) || length="--total-timesteps $steps"
 if [[ -n $quick ]]; then
   length+=" --learning-starts $((steps / 4))"
-  evaluation=" --eval-interval $((steps / 10)) --eval-episodes 1"
+  evaluation="--eval-interval $((steps / 10)) --eval-episodes 1"
 fi
+
+# What `make` sets up serves unless another environment is active.
+[[ -n $VIRTUAL_ENV || ! -x .venv/bin/python ]] || PATH=$PWD/.venv/bin:$PATH
+command -v python >/dev/null || reject "there is no python on the PATH: activate the environment of requirements.txt"
+
+# Prints a line for each run, its three parts between tabs. dst_td3.py names the directories.
+list_runs() {
+  python - "$rows" "$seeds" "$steps" "$length" "$evaluation" "$results" <<'END'
+import dataclasses
+import itertools
+import re
+import sys
+from pathlib import Path
+
+try:
+    import tyro
+
+    from dst_td3 import Arguments, RunDirectory, with_topology
+except ImportError as error:
+    print(f"run_all.sh: error: {error}: activate the environment of requirements.txt", file=sys.stderr)
+    sys.exit(2)
+
+rows, seeds, steps, length, evaluation, results = sys.argv[1:]
+
+
+def directory(args):
+    # Not resolve(args), which reads what is in the directory: a damaged run fails by itself, not the whole list.
+    return f"{results}/{RunDirectory(with_topology(args)).path}"
+
+
 # Seeds in the outer loop: every environment and method has one seed before any has two.
-for ((seed = 0; seed < seeds; seed++)); do
-  while read -r figures env method further; do
-    [[ -n $figures ]] || continue
-    for name in "${only[@]}"; do
-      [[ ,$figures,$env,$method, == *,$name,* ]] || continue 2
-    done
-    add_run "$seed" "$env" "$method" "$further"
-  done <<<"$grid"
-done
+for seed, row in itertools.product(range(int(seeds)), rows.splitlines()):
+    row = re.sub(r"(\d+)%", lambda percent: str(int(steps) * int(percent[1]) // 100), row)
+    agent, *further = re.split(r"\s+(?=--)", row.strip())
+    env, method = agent.split()
+    options = {option.split()[0]: option for option in further}
+    initial, snapshots = (options.pop(name, "") for name in ("--initial-policy", "--snapshot-at"))
+    setting = f"--env {env} --method {method} --seed {seed} {' '.join(options.values())} {length}"
+    args = tyro.cli(Arguments, args=f"{setting} {evaluation} --results-dir .".split(), prog="dst_td3.py")
+    need = ""
+    if initial:
+        need = f"{directory(args)}/policy-{initial.split()[1]}.npz"
+        initial = f"--initial-policy {need}"
+        args = dataclasses.replace(args, initial_policy=Path(need))
+    words = f"{setting} {initial} {evaluation} {snapshots} --device cpu --results-dir {results}".split()
+    print(" ".join(["python dst_td3.py", *words]), directory(args), need, sep="\t")
+END
+}
+
+listing=$(list_runs)
+commands=() directories=() needs=()
+while IFS=$'\t' read -r command directory need; do
+  commands+=("$command")
+  directories+=("$directory")
+  needs+=("$need")
+done <<<"$listing"
 total=${#commands[@]}
-((total > 0)) || reject "no run is of ${only[*]} together: --only takes fig1 to fig4, tables, an environment or a method"
 
 is_finished() { [[ -f ${directories[$1]}/summary.json ]]; }
 is_ready() { [[ -z ${needs[$1]} || -f ${needs[$1]} ]]; }
@@ -171,10 +204,6 @@ if [[ -n $list ]]; then
       }' >&2
   exit
 fi
-
-# What `make` sets up serves unless another environment is active.
-[[ -n $VIRTUAL_ENV || ! -x .venv/bin/python ]] || PATH=$PWD/.venv/bin:$PATH
-command -v python >/dev/null || reject "there is no python on the PATH: activate the environment of requirements.txt"
 
 if [[ -n $line ]]; then
   ((line <= total)) || reject "--line must be at most $total, the length of the list, not $line"

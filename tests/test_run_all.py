@@ -1,5 +1,6 @@
 """run_all.sh: the grid, the quick pipeline stopped, failing and resumed, and Slurm."""
 
+import dataclasses
 import json
 import os
 import re
@@ -38,17 +39,22 @@ def run_all(*arguments: object, **options) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
-def commands(*arguments: object) -> list[dst_td3.Arguments]:
-    """Return the list as dst_td3.py understands it, which also checks every option of every line."""
-    code, out, _ = run_all("--list", *arguments)
+def parsed(command: str) -> dst_td3.Arguments:
+    """Return the arguments of a command of the list as dst_td3.py resolves them, which also checks every option."""
+    python, program, *words = command.split()
+    assert (python, program) == ("python", "dst_td3.py")
+    return dst_td3.resolve(dst_td3.tyro.cli(dst_td3.Arguments, args=words))
+
+
+def commands(*options: object) -> list[dst_td3.Arguments]:
+    """Return the arguments of every command of the list."""
+    code, out, _ = run_all("--list", *options)
     assert code == 0
-    lines = [line.split() for line in out.splitlines()]
-    assert all(line[:2] == ["python", "dst_td3.py"] for line in lines)
-    return [dst_td3.resolve(dst_td3.tyro.cli(dst_td3.Arguments, args=line[2:])) for line in lines]
+    return [parsed(line) for line in out.splitlines()]
 
 
 def directory(args: dst_td3.Arguments) -> Path:
-    return args.results_dir / args.env / dst_td3.variant(args) / f"seed{args.seed}"
+    return dst_td3.RunDirectory(args).path
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -70,7 +76,7 @@ def test_shellcheck_has_nothing_to_say():
 
 def test_list_covers_the_papers_grid_once():
     listed = commands()
-    cheetah, papers = "HalfCheetah-v4", dst_td3.PAPER_LAMBDA
+    cheetah, papers = "HalfCheetah-v4", dst_td3.Arguments.PAPER_LAMBDA
     expected = {(env, method, "") for env in papers for method in ("td3", "static-td3", "ds-td3")}
     expected |= {(cheetah, "ds-td3", f"_adapt-interval={e}") for e in (200, 500, 2000)}
     expected |= {(cheetah, "ds-td3", f"_sparsity={s}") for s in (0.25, 0.5, 0.8)}
@@ -132,6 +138,51 @@ def test_list_estimates_the_time_from_finished_runs(tmp_path):
     _, _, estimate = run_all("--list", "--results-dir", tmp_path)
     assert "124 of them not finished" in estimate
     assert "about 125.0 core-hours for all, 124.0 for the missing ones (278 steps/s" in estimate
+
+
+def test_list_knows_where_each_run_is(tmp_path):
+    options = ("--list", "--seeds", 1, "--results-dir", tmp_path)
+    for args in commands(*options):
+        directory(args).mkdir(parents=True)
+        (directory(args) / "summary.json").write_text("{}")
+    assert "25 runs of 1000000 steps, 0 of them not finished" in run_all(*options)[2]
+    # A run of another length has a directory of its own.
+    assert "25 runs of 300000 steps, 25 of them not finished" in run_all(*options, "--steps", 300_000)[2]
+
+
+def test_list_comes_even_where_a_run_is_damaged(tmp_path):
+    options = ("--seeds", 1, "--results-dir", tmp_path)
+    listed = run_all("--list", *options)
+    damaged = directory(commands(*options)[0])
+    damaged.mkdir(parents=True)
+    (damaged / "config.json").write_text("{")
+    assert run_all("--list", *options) == listed
+
+
+def test_a_row_takes_any_options(tmp_path):
+    rows = (
+        "fig1  Hopper-v4  ds-td3  --hidden 32 32 --snapshot-at 50% 70% --sparsity 0.8",
+        "fig4  Hopper-v4  ds-td3  --sparsity 0.8 --initial-policy 70% --dense-moments --hidden 32 32",
+        "fig4  Hopper-v4  ds-td3  --sparsity 0.8 --initial-policy 70% --hidden 32 32",
+    )
+    script, edited = SCRIPT.read_text(), tmp_path / "run_all.sh"
+    edited.write_text(re.sub("(?s)(?<=grid='\n).*?(?=')", "\n".join(rows), script))
+    (tmp_path / "dst_td3.py").symlink_to(dst_td3.__file__)
+    said = subprocess.run(["bash", edited, "--list", "--seeds", "1"], env=environment(), capture_output=True, text=True)
+    first, other, last = (parsed(line) for line in said.stdout.splitlines())
+    assert (first.sparsity, first.hidden, first.snapshot_at) == (0.8, (32, 32), (500_000, 700_000))
+    assert last.initial_policy == directory(first) / "policy-700000.npz"
+    # A policy is that of the run which is otherwise the same.
+    assert other.initial_policy == directory(dataclasses.replace(other, initial_policy=None)) / "policy-700000.npz"
+    assert other.dense_moments and other.hidden == (32, 32)
+
+
+def test_list_names_what_the_environment_lacks(tmp_path):
+    (tmp_path / "python").write_text(f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    code, out, err = run_all("--list", env=environment(tmp_path))
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "No module named" in err and "activate the environment of requirements.txt" in err
 
 
 @pytest.mark.parametrize(
@@ -269,8 +320,11 @@ def test_slurm_submits_what_is_missing(tmp_path):
 def test_slurm_is_refused_where_there_is_none(tmp_path):
     tools = tmp_path / "bin"
     tools.mkdir()
-    for name in ("bash", "dirname", "python", "nproc", "mkdir", "cat", "env"):
-        (tools / name).symlink_to(shutil.which(name, path=environment()["PATH"]))
+    for name in ("bash", "dirname", "nproc", "mkdir", "cat", "env"):
+        (tools / name).symlink_to(shutil.which(name))
+    # A link would hide from python which environment it belongs to.
+    (tools / "python").write_text(f'#!{shutil.which("bash")}\nexec {sys.executable} "$@"\n')
+    (tools / "python").chmod(0o755)
     env = {**environment(), "PATH": str(tools)}
     code, _, err = run_all("--slurm", "--results-dir", tmp_path / "results", env=env)
     assert code == 2 and "--slurm needs sbatch" in err
@@ -293,6 +347,7 @@ def test_slurm_task_requeued_in_the_middle_ends_with_the_same_bytes(tmp_path):
     code, out, err = run_all(*options, "--results-dir", there, "--slurm")
     assert code == 0, err
     job = re.search(r"submitted job array (\d+)", out)[1]
+    _, command, _ = run_all(*options, "--results-dir", there, "--list")
     run = directory(commands(*options, "--results-dir", there)[0])
 
     def wait_until(condition) -> None:
@@ -312,6 +367,6 @@ def test_slurm_task_requeued_in_the_middle_ends_with_the_same_bytes(tmp_path):
     slurm("scontrol", "update", f"jobid={job}_1", "starttime=now")
     wait_until(lambda: (run / "summary.json").exists())
     log = next((there / "quick" / "logs").glob("slurm-*.log")).read_text()
-    assert "stopped by SIGTERM" in log and log.count("python dst_td3.py") == 2
+    assert "stopped by SIGTERM" in log and log.splitlines().count(command.strip()) == 2
     (unbroken,) = here.rglob("evaluations.csv")
     assert evaluations.read_bytes() == unbroken.read_bytes()
