@@ -6,10 +6,16 @@ RUN apt-get update && apt-get install --yes --no-install-recommends \
     git libegl1 libgl1-mesa-dri libopengl0 make python3 python3-venv \
     && rm -rf /var/lib/apt/lists/*
 
-# Installed before the code is copied, so that a change of code rebuilds in seconds.
-ENV VIRTUAL_ENV=/opt/venv PATH=/opt/venv/bin:$PATH
-COPY requirements.txt /tmp/
-RUN python3 -m venv /opt/venv && pip install --no-cache-dir --disable-pip-version-check -r /tmp/requirements.txt
+# Installed before the code is copied, so that a change of code rebuilds in seconds. With the address of PyTorch's CPU
+# packages, `--build-arg TORCH_INDEX=ADDRESS`, torch alone comes from there and brings no CUDA libraries.
+ARG TORCH_INDEX
+ENV VIRTUAL_ENV=/opt/venv PATH=/opt/venv/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+COPY requirements.txt constraints.txt /tmp/
+RUN python3 -m venv /opt/venv && cd /tmp \
+    && if [ -n "$TORCH_INDEX" ]; then \
+         pip install --no-deps --index-url "$TORCH_INDEX" "$(grep ^torch= requirements.txt)"; \
+       fi \
+    && pip install -r requirements.txt -c constraints.txt
 
 # Results go where /results is mounted. It is open to all, so that `docker run --user "$(id -u)"` can leave them to
 # their owner.

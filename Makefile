@@ -17,12 +17,12 @@ test: $(VENV)/installed
 benchmark: $(VENV)/installed $(PEERS)/installed
 	$(VENV)/bin/python benchmarks/benchmark.py --peers $(PEERS)/bin/python
 
-$(PEERS)/installed: benchmarks/requirements-peers.txt
+$(PEERS)/installed: benchmarks/requirements-peers.txt requirements.txt constraints.txt
 	$(PYTHON) -m venv $(PEERS)
-	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -r benchmarks/requirements-peers.txt
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -r $< -c requirements.txt -c constraints.txt
 	touch $@
 
-$(VENV)/installed: requirements.txt
+$(VENV)/installed: requirements.txt constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r $< -c constraints.txt
 	touch $@

@@ -18,6 +18,7 @@ import dst_td3
 NOTEBOOK = Path(dst_td3.__file__).parent / "analysis.ipynb"
 ENVIRONMENTS = ("HalfCheetah-v4", "Walker2d-v4", "Hopper-v4", "Ant-v4", "Humanoid-v4")
 METHODS = {"td3": "TD3", "static-td3": "Static-TD3", "ds-td3": "DS-TD3"}
+CURVE = [3000 * (1 - math.exp(-index / 60)) for index in range(201)]  # of a million steps
 
 
 def execute(results: Path) -> dict[str, list[dict[str, str]]]:
@@ -99,10 +100,31 @@ def write_run(
     return folder
 
 
+def write_resumed_run(results: Path, seed: int, sessions: list[dict]) -> None:
+    """Write a run of DS-TD3 whose first session and those that went on with it differ by ``sessions``."""
+    path = write_run(results, "Hopper-v4", "ds-td3", seed, CURVE) / "config.json"
+    config = json.loads(path.read_text())
+    made_with = {name: config[name] for name in ("versions", "commit", "machine")}
+    resumed = [{"step": 1000 * number, **made_with, **session} for number, session in enumerate(sessions)]
+    path.write_text(json.dumps(config | sessions[0] | {"resumed": resumed[1:]}))
+
+
 def learning(rng: random.Random, final: float, speed: float, evaluations: int = 201) -> list[float]:
     """Make up a noisy learning curve."""
     curve = (1 - math.exp(-speed * index / evaluations) for index in range(evaluations))
     return [final * (value + rng.gauss(0, 0.03)) for value in curve]
+
+
+@pytest.fixture(scope="module")
+def unlike_the_papers(tmp_path_factory) -> dict[str, list[dict[str, str]]]:
+    """Execute the notebook on a run that was evaluated half as often as another and on runs that were resumed."""
+    results = tmp_path_factory.mktemp("unlike")
+    write_run(results, "Hopper-v4", "static-td3", 0, CURVE)
+    write_run(results, "Hopper-v4", "td3_eval-interval=10000", 0, CURVE[::2], interval=10_000)
+    first, second, third = ({"commit": digit * 40} for digit in "012")
+    write_resumed_run(results, 0, [first, second, second | {"machine": {"processor": "another processor"}}])
+    write_resumed_run(results, 1, [first, second, third])
+    return execute(results)
 
 
 @pytest.fixture(scope="module")
@@ -220,6 +242,26 @@ def test_whole_results_leave_no_remark(whole):
     assert len(coverage) == 15 + 3 + 3 + 4
     assert {(row["seeds"], row["steps"], row["remark"]) for row in coverage} == {("5", "1,000,000", "")}
     assert "unfinished" not in whole[0]
+
+
+def test_learning_curve_area_does_not_depend_on_the_eval_interval(unlike_the_papers):
+    table = unlike_the_papers["table1_lca"]
+    often, seldom = (row_of(table, environment="Hopper-v4", method=name) for name in ("Static-TD3", "TD3"))
+    assert often["ours"] == f"{sum(CURVE) / 1e6:.4f}"
+    assert seldom["ours"] == f"{sum(CURVE[::2]) * 2 / 1e6:.4f}"
+    assert float(seldom["ours"]) == pytest.approx(float(often["ours"]), rel=0.01)
+    assert seldom["remark"] == "4 of 5 seeds missing; evaluated every 10,000 steps"
+
+
+def test_provenance_names_all_that_made_a_resumed_run(unlike_the_papers):
+    first, second, third = (digit * 12 for digit in "012")
+    rows = [(row["processor"], row["commit"], row["runs"]) for row in unlike_the_papers["provenance"]]
+    assert sorted(rows) == [
+        ("a processor", first, "2"),
+        ("a processor", f"{first}, then {second}, then {third}", "1"),
+        ("a processor, then another processor", f"{first}, then {second}", "1"),
+    ]
+    assert {row["torch"] for row in unlike_the_papers["provenance"]} == {"2.13.0"}
 
 
 def test_nothing_at_all(tmp_path):
