@@ -132,7 +132,7 @@ class Arguments:
     def sparse_engine_fits(self) -> bool:
         """Whether the sparse engine is there and can train this agent."""
         installed = all(importlib.util.find_spec(name) for name in ("sparse_engine", "numba"))
-        return installed and self.device == "cpu" and not self.dense and not self.dense_moments
+        return installed and self.device == "cpu" and not self.dense_moments
 
     def agent_class(self) -> type["TD3"]:
         """Return the class of agent to train. Raises InputError where machine or arguments do not allow it."""
@@ -141,8 +141,7 @@ class Arguments:
         if self.engine == "masked":
             return MaskedTD3
         if not self.sparse_engine_fits:
-            needed = "a sparse method, the CPU, numba, sparse_engine.py beside this file, and no --dense-moments"
-            raise InputError(f"--engine sparse needs {needed}: choose --engine masked")
+            raise InputError("--engine sparse needs the CPU, numba and sparse_engine.py, and no --dense-moments")
         from sparse_engine import SparseTD3
 
         return SparseTD3
@@ -410,7 +409,8 @@ class MaskedNetwork:
             if self.args.dense_moments:
                 layer.weight.copy_(self.unmasked[index] * layer.mask)
             else:
-                for tensor in (layer.weight, *self.moments(layer.weight)):
+                state = self.optimizer.state[layer.weight]
+                for tensor in (layer.weight, state["exp_avg"], state["exp_avg_sq"]):
                     tensor.mul_(kept)
             self.supports[index] = target_support(self.target[index].weight, layer.mask)
 
@@ -422,10 +422,6 @@ class MaskedNetwork:
             target.weight.lerp_(layer.weight, self.args.tau)
             target.bias.lerp_(layer.bias, self.args.tau)
             prune_target(target.weight, support, connections)
-
-    def moments(self, parameter: Tensor) -> list[Tensor]:
-        """Return Adam's first and second moment of a parameter."""
-        return [self.optimizer.state[parameter][name] for name in ("exp_avg", "exp_avg_sq")]
 
     def layer_arrays(self) -> list[Layer]:
         """Return copies of the network's own layers (not the target's) as numpy arrays."""
@@ -476,7 +472,7 @@ class ReplayBuffer:
 
     def __init__(self, capacity: int, observations: int, actions: int):
         widths = Batch(observations, actions, 1, observations, 1)
-        self.columns = np.cumsum(widths)[:-1]
+        self.columns = [slice(end - width, end) for width, end in zip(widths, np.cumsum(widths).tolist(), strict=True)]
         self.added = 0  # transitions so far, the overwritten ones too
         try:
             self.rows = np.zeros((capacity, sum(widths)), dtype=np.float32)
@@ -490,12 +486,12 @@ class ReplayBuffer:
 
     def sample(self, batch_size: int, rng: Generator) -> Batch:
         """Draw a batch uniformly, with replacement."""
-        rows = self.rows[rng.integers(min(self.added, len(self.rows)), size=batch_size)]
-        return Batch(*np.split(rows, self.columns, axis=1))
+        rows = self.rows[self.draw(batch_size, rng)]
+        return Batch(*(rows[:, columns] for columns in self.columns))
 
-    def written_since(self, transition: int) -> np.ndarray:
-        """Return the rows of all transitions from this one on; the buffer still has to hold it."""
-        return self.rows[np.arange(transition, self.added) % len(self.rows)]
+    def draw(self, batch_size: int, rng: Generator) -> np.ndarray:
+        """Draw the numbers of as many rows."""
+        return rng.integers(min(self.added, len(self.rows)), size=batch_size)
 
 
 class TD3:
@@ -517,10 +513,15 @@ class TD3:
         noise = rng.standard_normal(low.shape, dtype=np.float32) * self.args.exploration_noise * (high - low) / 2
         return ((act or self.act)(observation) + noise).clip(low, high)
 
+    def sample(self, buffer: ReplayBuffer, rng: Generator) -> Batch:
+        """Draw a batch."""
+        return buffer.sample(self.args.batch_size, rng)
+
     def learn(self, buffer: ReplayBuffer, step: int, rng: Generator) -> None:
         """Do the learning of one environment step: Algorithm 1 of the paper, from the sampled batch on."""
-        batch = buffer.sample(self.args.batch_size, rng)
-        self.update_critics(batch, rng.standard_normal(batch.action.shape, dtype=batch.action.dtype))
+        batch = self.sample(buffer, rng)
+        noise = rng.standard_normal((self.args.batch_size, len(self.bounds[0])), dtype=self.bounds[0].dtype)
+        self.update_critics(batch, noise)
         if adaptation_due(step, 1, self.args):
             self.critics.adapt(rng)
         if step % self.args.policy_frequency == 0:
@@ -618,8 +619,7 @@ def make_environment(name: str, **options) -> gymnasium.Env:
     try:
         env = gymnasium.make(name, disable_env_checker=True, **options)
     except Exception as error:  # an environment's own code can raise anything
-        near = [known for known in Arguments.PAPER_LAMBDA if known[:-1] == name[:-1]]
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = "".join(f"; did you mean {known}?" for known in Arguments.PAPER_LAMBDA if known[:-1] == name[:-1])
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"environment {name} cannot be made: {reason}{hint}") from error
     for kind, space in (("observations", env.observation_space), ("actions", env.action_space)):
@@ -966,9 +966,10 @@ class Run:
 
     def _write_transitions(self) -> None:
         """Write the new transitions behind those on disk, over what a killed run left there after its checkpoint."""
-        new, path = self.buffer.written_since(self.written), self.directory.path / "transitions.bin"
+        rows, path = self.buffer.rows, self.directory.path / "transitions.bin"
+        new = rows[np.arange(self.written, self.buffer.added) % len(rows)]
         with writing(path), open(path, "ab") as file:
-            file.truncate(self.written * self.buffer.rows[0].nbytes)
+            file.truncate(self.written * rows[0].nbytes)
             file.write(new)
             file.flush()
             os.fsync(file.fileno())
@@ -1052,9 +1053,8 @@ class Progress:
         if args.track:
             import wandb
 
-            name, config = "-".join(directory.path.parts[-3:]), directory.arguments
-            options = {"project": "dst-td3", "name": name, "id": directory.id, "resume": "allow", "config": config}
-            self.closing.callback(wandb.init(**options, sync_tensorboard=True).finish)
+            options = {"project": "dst-td3", "name": "-".join(directory.path.parts[-3:]), "config": directory.arguments}
+            self.closing.callback(wandb.init(**options, id=directory.id, resume="allow", sync_tensorboard=True).finish)
         if args.tensorboard or args.track:
             from torch.utils.tensorboard import SummaryWriter
 

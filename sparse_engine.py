@@ -2,7 +2,8 @@
 
 ``SparseTD3`` does what ``MaskedTD3`` does, on one CPU, with time and memory in proportion to the connections. The two
 files read side by side, room by room: topology (drop and grow, prune the target), networks, TD3. The room that only
-this one has comes first, the kernels. Numba compiles them; ``dst_td3.py --engine sparse`` trains with them.
+this one has comes first, the kernels, which numba compiles. Full layers, all of TD3's, are matrices that BLAS
+multiplies: what a dense agent gains here is what compiling gains.
 
 **What lies where.** A layer's connections are compressed rows: those into one output lie side by side, each a weight
 and the 2-byte number of its input. A second index lists the same connections by input, each with its output and its
@@ -28,6 +29,7 @@ network has dropped since, and it has not.
 import math
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 from types import FunctionType
 from typing import NamedTuple
 
@@ -38,29 +40,41 @@ from numba import njit, prange, types
 from numba.core import cgutils, event
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
+from threadpoolctl import threadpool_limits
 
-from dst_td3 import TD3, Arguments, Batch, Layer
+from dst_td3 import TD3, Arguments, Layer, ReplayBuffer
 
 BETAS = (0.9, 0.999)  # Adam's, as torch has them by default
 # No assumption that values are finite: a diverged network must show as one.
 COMPILED = {"cache": True, "fastmath": {"contract", "reassoc", "nsz", "arcp"}, "error_model": "numpy"}
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Kernels
+# --- Kernels ----------------------------------------------------------------------------------------------------------
 #
 # A tile is some columns of a row of activations, counted in half vectors so that a batch of 100 wastes at most a half.
-# ----------------------------------------------------------------------------------------------------------------------
 
 FEATURES = cpu_target.target_context.codegen().magic_tuple()[2]
 VECTOR_BYTES = 64 if "+avx512f" in FEATURES else 32 if "+avx" in FEATURES else 16
 CACHE_LINE = 64
-# The most half vectors in a tile: what the registers hold. The forward pass takes less of long vectors, so that the
-# tiles of a band of inputs (see Sparse networks) stay in the first-level cache.
-FORWARD_TILE = 8 if VECTOR_BYTES == 64 else 14
+
+
+def first_level_cache() -> int:
+    """Return the bytes of a core's first-level cache for data; 32 KB where Linux does not tell."""
+    for cache in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
+        level, kind, size = ((cache / name).read_text().strip() for name in ("level", "type", "size"))
+        if (level, kind) == ("1", "Data"):
+            return int(size.removesuffix("K")) * 1024
+    return 32 * 1024
+
+
+# The most half vectors in a tile: what the registers hold. Where the cache is small, the forward pass takes less of
+# long vectors, so that the tiles of a band of inputs (see Sparse networks) fill the cache and not more.
 BACKWARD_TILE = 14
-BAND_INPUTS = 128
+FORWARD_TILE = 8 if first_level_cache() < 600 * VECTOR_BYTES else 14
+BAND_INPUTS = first_level_cache() // (FORWARD_TILE * VECTOR_BYTES // 2) // 32 * 32
+BAND_OUTPUTS = first_level_cache() // (BACKWARD_TILE * VECTOR_BYTES // 2) // 32 * 32  # likewise, of the backward pass
 BAND_CONNECTIONS = 16  # the fewest, on average, that a row of a band is worth its start for
 DOTS_AT_ONCE = 4
+FULL_OUTPUTS = 16  # the fewest for which BLAS is faster than the kernels
 
 
 class Emitter:
@@ -228,30 +242,35 @@ def weighted_sum(
 
 @intrinsic
 def backward_row(
-    typing, values, at, delta_at, stride, half_vectors, gate, weight, gradient, accumulate, place, index,
-    start, stop
+    typing, values, at, sum_at, delta_at, stride, half_vectors, gate, resume, finish, weight, gradient, accumulate,
+    place, index, start, stop
 ):  # fmt: skip
     """Propagate the gradients of one tile of a layer's outputs back to one of its inputs, over its connections.
 
     The input's row is at ``values[at]``, the gradient of output ``o`` at ``values[delta_at + o * stride]``, and
-    connection k is that of ``index[k]`` with the weight at ``place[k]``. The weights' gradients go to ``gradient``, or
-    are added to what is there (``accumulate``), unless ``gradient`` is None. Unless ``weight`` is None, the input's own
-    gradient takes the place of its value, zero where that is at most ``gate`` (0 for a ReLU, -inf for none).
+    connection k is that of ``index[k]`` with the weight at ``place[k]``. Weights' gradients go to ``gradient``, or are
+    added to what is there (``accumulate``), unless ``gradient`` is None. Unless ``weight`` is None, the input's own
+    gradient takes the place of its value, zero where that is at most ``gate`` (0 for a ReLU, -inf for none). Its sum
+    may take several calls, at ``values[sum_at]`` in between: all but the first ``resume``, the last is to ``finish``.
     """
     to_input, to_weights = not isinstance(weight, types.NoneType), not isinstance(gradient, types.NoneType)
 
     def codegen(context, builder, signature, arguments):
-        _, at, delta_at, stride, half_vectors, gate, _, _, accumulate, _, _, start, stop = arguments
+        _, at, sum_at, delta_at, stride, half_vectors, gate, resume, finish, *arrays, start, stop = arguments
+        accumulate = arrays[2]
         emitter = Emitter(context, builder, values.dtype)
-        rows, places, indices = (emitter.data(signature.args[i], arguments[i]) for i in (0, 9, 10))
-        weights = emitter.data(signature.args[6], arguments[6]) if to_input else None
-        gradients = emitter.data(signature.args[7], arguments[7]) if to_weights else None
-        own_row = builder.gep(rows, [at])
+        rows, places, indices = (emitter.data(signature.args[i], arguments[i]) for i in (0, 12, 13))
+        weights = emitter.data(signature.args[9], arguments[9]) if to_input else None
+        gradients = emitter.data(signature.args[10], arguments[10]) if to_weights else None
+        own_row, sum_row = builder.gep(rows, [at]), builder.gep(rows, [sum_at])
 
         def emit(slots):
             value = [emitter.load(own_row, slot) for slot in slots]
             zeros = [ir.Constant(v.type, [0.0] * v.type.count) for v in value]
-            sums = [emitter.variable(zero) for zero in zeros]
+            sums = [
+                emitter.variable(builder.select(resume, emitter.load(sum_row, slot), zero) if to_input else zero)
+                for zero, slot in zip(zeros, slots, strict=True)
+            ]
 
             def connection(k):
                 place = emitter.at(places, k)
@@ -275,16 +294,21 @@ def backward_row(
             connections(start, builder.add(start, several), at_once)
             connections(builder.add(start, several), stop, 1)
             if to_input:
-                for v, zero, total, slot in zip(value, zeros, sums, slots, strict=True):
-                    shut = builder.fcmp_ordered("<=", v, emitter.splat(gate, slot[1]))
-                    emitter.store(builder.select(shut, zero, builder.load(total)), own_row, slot)
+                with builder.if_else(finish) as (finished, unfinished):
+                    with finished:
+                        for v, zero, total, slot in zip(value, zeros, sums, slots, strict=True):
+                            shut = builder.fcmp_ordered("<=", v, emitter.splat(gate, slot[1]))
+                            emitter.store(builder.select(shut, zero, builder.load(total)), own_row, slot)
+                    with unfinished:
+                        for total, slot in zip(sums, slots, strict=True):
+                            emitter.store(builder.load(total), sum_row, slot)
 
         emitter.for_each_size(half_vectors, BACKWARD_TILE, emit)
         return context.get_dummy_value()
 
-    at_types, range_types = (types.intp,) * 4, (types.intp,) * 2
+    places, segment, flags = (types.intp,) * 5, (types.intp,) * 2, (types.boolean,) * 2
     arrays = (weight, gradient, types.boolean, place, index)
-    return types.void(values, *at_types, values.dtype, *arrays, *range_types), codegen
+    return types.void(values, *places, values.dtype, *flags, *arrays, *segment), codegen
 
 
 @njit(**COMPILED)
@@ -297,12 +321,10 @@ def batch_layout(batch: int, itemsize: int) -> tuple[int, int]:
     return lines * CACHE_LINE // itemsize, -(-batch * itemsize * 2 // VECTOR_BYTES)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Sparse topology: pieces 3 and 4 of the paper
+# --- Sparse topology: pieces 3 and 4 of the paper ---------------------------------------------------------------------
 #
 # A position is input * outputs + output, its place in the dense matrix that is never made; a topology is a sorted array
 # of them.
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 def drop_and_grow(
@@ -380,14 +402,12 @@ def zero_up_to(bits: np.ndarray, limit: int) -> None:
         bits[k] = bits[k] if bits[k] & magnitude > limit else 0
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Sparse networks
+# --- Sparse networks --------------------------------------------------------------------------------------------------
 #
 # The L layers of N stacked networks are numbered n * L + l. Their outputs ("rows") follow one another in that order,
 # and so do their inputs ("columns"). The units of a stack are its shared inputs and then all rows. A layer of many
 # inputs and connections is cut into bands of inputs, each with compressed rows of its own ("segments"): the forward
 # pass takes one band after another, and the activations of a band stay in the first-level cache meanwhile.
-# ----------------------------------------------------------------------------------------------------------------------
 
 
 class Arrays(NamedTuple):
@@ -395,9 +415,11 @@ class Arrays(NamedTuple):
 
     sizes: np.ndarray  # [L + 1] widths of all layers, inputs first
     bands: np.ndarray  # [L] in how many bands of inputs each layer is cut
+    full: np.ndarray  # [L] whether a layer's weights are one dense matrix [outputs, inputs], which BLAS multiplies
     segment_start: np.ndarray  # [S + 1] segment s holds connections segment_start[s] to segment_start[s + 1]
     input_index: np.ndarray  # [C] their inputs, numbered within the layer
-    column_start: np.ndarray  # [K + 1] the same connections by column
+    column_bands: np.ndarray  # [L] in how many bands of outputs each layer is cut for the backward pass
+    column_start: np.ndarray  # [K + 1] the same connections by column, band after band
     output_index: np.ndarray  # [C] their outputs, numbered within the layer
     place: np.ndarray  # [C] and where each is among the weights
     parameters: np.ndarray  # [C + R] weights, then biases
@@ -414,31 +436,64 @@ class Arrays(NamedTuple):
 @njit(**COMPILED)
 def forward(network: Arrays, n: int, target: bool, values: np.ndarray, batch: int) -> None:
     """Apply network ``n`` of a stack, or its target, to the inputs in ``values``, with ReLU between its layers."""
-    stride, half_vectors = batch_layout(batch, values.itemsize)
     parameters = network.target if target else network.parameters
-    biases, inputs, widths, bands = len(network.input_index), network.sizes[0], network.sizes[1:], network.bands
+    inputs, widths, bands = network.sizes[0], network.sizes[1:], network.bands
+    source, row, segment = 0, n * widths.sum(), n * (widths * bands).sum()
+    for layer in range(len(widths)):
+        floor = 0.0 if layer < len(widths) - 1 else -np.inf
+        if network.full[layer]:
+            weight = parameters[network.segment_start[segment] : network.segment_start[segment + widths[layer]]]
+            bias = parameters[len(network.input_index) + row :][: widths[layer]]
+            full_forward(values, source, inputs + row, weight, bias, floor, batch)
+        else:
+            sparse_forward(network, parameters, target, layer, segment, row, values, source, floor, batch)
+        source = inputs + row
+        row += widths[layer]
+        segment += widths[layer] * bands[layer]
+
+
+@njit(**COMPILED)
+def sparse_forward(network, parameters, target, layer, first_segment, row, values, source, floor, batch):
+    """Apply a layer, whose outputs are the rows from ``row`` on, to the units from ``source`` on."""
+    stride, half_vectors = batch_layout(batch, values.itemsize)
+    biases, bands, outputs = len(network.input_index) + row, network.bands[layer], network.sizes[layer + 1]
     tiles = -(-half_vectors // FORWARD_TILE)
     for tile in range(tiles):
         first, last = tile * half_vectors // tiles, (tile + 1) * half_vectors // tiles
         offset = first * VECTOR_BYTES // 2 // values.itemsize
-        source, row, segment = 0, n * widths.sum(), n * (widths * bands).sum()
-        for layer in range(len(widths)):
-            for band in range(bands[layer]):
-                last_band = band == bands[layer] - 1
-                floor = 0.0 if last_band and layer < len(widths) - 1 else -np.inf
-                for r in range(row, row + widths[layer]):
-                    extra_start = extra_stop = np.uint32(0)
-                    if target and last_band:
-                        extra_start, extra_stop = network.extra_start[r], network.extra_start[r + 1]
-                    weighted_sum(
-                        values, (inputs + r) * stride + offset, source * stride + offset, stride, last - first, floor,
-                        parameters[biases + r], band > 0, parameters, network.input_index,
-                        network.segment_start[segment], network.segment_start[segment + 1],
-                        network.extra_weight, network.extra_index, extra_start, extra_stop
-                    )  # fmt: skip
-                    segment += 1
-            source = inputs + row
-            row += widths[layer]
+        segment = first_segment
+        for band in range(bands):
+            last_band = band == bands - 1
+            for r in range(outputs):
+                extra_start = extra_stop = np.uint32(0)
+                if target and last_band:
+                    extra_start, extra_stop = network.extra_start[row + r], network.extra_start[row + r + 1]
+                weighted_sum(
+                    values, (network.sizes[0] + row + r) * stride + offset, source * stride + offset, stride,
+                    last - first, floor if last_band else -np.inf, parameters[biases + r], band > 0, parameters,
+                    network.input_index, network.segment_start[segment], network.segment_start[segment + 1],
+                    network.extra_weight, network.extra_index, extra_start, extra_stop
+                )  # fmt: skip
+                segment += 1
+
+
+@njit(**COMPILED)
+def units(values: np.ndarray, first: int, count: int, batch: int) -> np.ndarray:
+    """View the values of ``count`` units from ``first`` on as a matrix [count, padded batch]."""
+    stride, _ = batch_layout(batch, values.itemsize)
+    return values[first * stride : (first + count) * stride].reshape(count, stride)
+
+
+@njit(**COMPILED)
+def full_forward(values, source, to, weight, bias, floor, batch):
+    """Apply a full layer to the units from ``source`` on; its outputs are the units from ``to`` on."""
+    inputs = len(weight) // len(bias)
+    y = units(values, to, len(bias), batch)
+    np.dot(weight.reshape(len(bias), inputs), units(values, source, inputs, batch), y)
+    for o in range(y.shape[0]):
+        for b in range(y.shape[1]):
+            value = y[o, b] + bias[o]
+            y[o, b] = floor if value < floor else value  # lets NaN through
 
 
 @njit(**COMPILED)
@@ -448,65 +503,83 @@ def backward(network: Arrays, n: int, values: np.ndarray, batch: int, first_inpu
     They go to its parameters' ``gradient``, or where that is None, to its inputs from ``first_input`` on. Gradients of
     hidden units, before their ReLU, take the place of their values.
     """
+    inputs, widths, weight = network.sizes[0], network.sizes[1:], network.parameters
+    row = (n + 1) * widths.sum()
+    for layer in range(len(widths) - 1, 0, -1):
+        row -= widths[layer]
+        at = inputs + row - widths[layer - 1]
+        backward_layer(network, n, layer, values, at, inputs + row, 0, 0.0, weight, gradient, batch)
+    row -= widths[0]
+    if gradient is None:
+        backward_layer(network, n, 0, values, 0, inputs + row, first_input, -np.inf, weight, None, batch)
+    else:
+        backward_layer(network, n, 0, values, 0, inputs + row, 0, -np.inf, None, gradient, batch)
+        stride, _ = batch_layout(batch, values.itemsize)
+        for r in range(row, row + widths.sum()):
+            gradient[len(network.input_index) + r] = values[(inputs + r) * stride :][:batch].sum()
+
+
+@njit(**COMPILED)
+def backward_layer(network, n, layer, values, at, delta_at, first_input, gate, weight, gradient, batch):
+    """Do ``backward_row`` for the inputs of a layer of network ``n`` from ``first_input`` on.
+
+    The inputs are the units from ``at`` on; the gradients of the outputs are in the units from ``delta_at`` on.
+    """
+    widths, inputs, outputs = network.sizes[1:], network.sizes[layer], network.sizes[layer + 1]
+    if network.full[layer]:
+        segment = n * (widths * network.bands).sum() + (widths * network.bands)[:layer].sum()
+        first, end = network.segment_start[segment], network.segment_start[segment + outputs]
+        full_backward(values, first, end, outputs, at, delta_at, first_input, gate, weight, gradient, batch)
+        return
     stride, half_vectors = batch_layout(batch, values.itemsize)
-    inputs, rows, columns = network.sizes[0], network.sizes[1:].sum(), network.sizes[:-1].sum()
-    weight = network.parameters
-    tiles = -(-half_vectors // BACKWARD_TILE)
+    sums = network.sizes[0] + len(network.extra_start) - 1 + n * network.sizes.max()
+    columns = network.sizes[:-1] * network.column_bands
+    tiles, bands = -(-half_vectors // BACKWARD_TILE), network.column_bands[layer]
     for tile in range(tiles):
         first, last = tile * half_vectors // tiles, (tile + 1) * half_vectors // tiles
         offset = first * VECTOR_BYTES // 2 // values.itemsize
-        size, more = last - first, tile > 0
-        row, column = (n + 1) * rows, (n + 1) * columns
-        for layer in range(len(network.sizes) - 2, 0, -1):
-            row, column = row - network.sizes[layer + 1], column - network.sizes[layer]
-            at, delta_at = (inputs + row - network.sizes[layer]) * stride + offset, (inputs + row) * stride + offset
-            ends = column, column + network.sizes[layer]
-            backward_columns(network, ends, values, at, delta_at, stride, size, 0.0, weight, gradient, more)
-        row, ends = row - network.sizes[1], (column - inputs + first_input, column)
-        at, delta_at = first_input * stride + offset, (inputs + row) * stride + offset
-        if gradient is None:
-            backward_columns(network, ends, values, at, delta_at, stride, size, -np.inf, weight, None, more)
-        else:
-            backward_columns(network, ends, values, at, delta_at, stride, size, -np.inf, None, gradient, more)
+        column = n * columns.sum() + columns[:layer].sum()
+        for band in range(bands):
+            for c in range(first_input, inputs):
+                backward_row(
+                    values, (at + c) * stride + offset, (sums + c) * stride + offset, delta_at * stride + offset,
+                    stride, last - first, gate, band > 0, band == bands - 1, weight, gradient, tile > 0, network.place,
+                    network.output_index, network.column_start[column + c], network.column_start[column + c + 1]
+                )  # fmt: skip
+            column += inputs
+
+
+@njit(**COMPILED)
+def full_backward(values, first, end, outputs, at, delta_at, first_input, gate, weight, gradient, batch):
+    """Do ``backward_layer`` for a full layer, whose connections are those from ``first`` to ``end``."""
+    inputs = (end - first) // outputs
+    delta, x = units(values, delta_at, outputs, batch), units(values, at, inputs, batch)
+    for o in range(outputs):
+        delta[o, batch:] = 0
     if gradient is not None:
-        for row in range(n * rows, (n + 1) * rows):
-            deltas = values[(inputs + row) * stride : (inputs + row) * stride + batch]
-            gradient[len(network.input_index) + row] = deltas.sum()
+        np.dot(delta, x.T, gradient[first:end].reshape(outputs, inputs))
+    if weight is not None:
+        to_inputs = np.dot(weight[first:end].reshape(outputs, inputs).T, delta)
+        for i in range(first_input, inputs):
+            for b in range(x.shape[1]):
+                x[i, b] = 0 if x[i, b] <= gate else to_inputs[i, b]
 
 
 @njit(**COMPILED)
-def backward_columns(network, ends, values, at, delta_at, stride, size, gate, weight, gradient, accumulate):
-    """Do ``backward_row`` for the columns from ``ends[0]`` to ``ends[1]``, whose rows of values start at ``at``."""
-    for column in range(ends[0], ends[1]):
-        backward_row(
-            values, at, delta_at, stride, size, gate, weight, gradient, accumulate, network.place,
-            network.output_index, network.column_start[column], network.column_start[column + 1]
-        )  # fmt: skip
-        at += stride
-
-
-class Optimizer(NamedTuple):
-    """The constants of one Adam step, in the type of the parameters."""
-
-    step_size: np.floating  # learning rate, corrected for the first moment's start at zero
-    root_scale: np.floating  # corrects the second moment's root likewise
-    weight_decay: np.floating
-    first_rate: np.floating  # 1 - beta 1
-    second_rate: np.floating  # 1 - beta 2
-    epsilon: np.floating
-
-
-@njit(**COMPILED)
-def adam_step(network: Arrays, optimizer: Optimizer) -> None:
-    """Take one Adam step down the gradient, with an L2 penalty, in every parameter of a stack."""
+def adam_step(network: Arrays, steps: int, learning_rate: float, weight_decay: np.floating) -> None:
+    """Take Adam's step number ``steps`` down the gradient, with an L2 penalty, in every parameter of a stack."""
     parameters, gradient = network.parameters, network.gradient
     first, second = network.first_moment, network.second_moment
+    number = parameters.dtype.type
+    # Both moments start at zero, which these correct.
+    step_size = number(learning_rate / (1 - BETAS[0] ** steps))
+    root_scale = number(1 / math.sqrt(1 - BETAS[1] ** steps))
+    first_rate, second_rate, epsilon = number(1 - BETAS[0]), number(1 - BETAS[1]), number(1e-8)
     for k in range(len(parameters)):
-        g = gradient[k] + optimizer.weight_decay * parameters[k]
-        first[k] += optimizer.first_rate * (g - first[k])
-        second[k] += optimizer.second_rate * (g * g - second[k])
-        root = math.sqrt(second[k]) * optimizer.root_scale
-        parameters[k] -= optimizer.step_size * first[k] / (root + optimizer.epsilon)
+        g = gradient[k] + weight_decay * parameters[k]
+        first[k] += first_rate * (g - first[k])
+        second[k] += second_rate * (g * g - second[k])
+        parameters[k] -= step_size * first[k] / (math.sqrt(second[k]) * root_scale + epsilon)
 
 
 @njit(**COMPILED)
@@ -541,6 +614,7 @@ class Block(NamedTuple):
     inputs: int
     outputs: int
     bands: int
+    column_bands: int
     connections: slice
     rows: slice
     segments: slice
@@ -549,10 +623,19 @@ class Block(NamedTuple):
     @classmethod
     def after(cls, last: "Block | None", inputs: int, outputs: int, connections: int) -> "Block":
         """Lay out a layer of so many connections behind the ``last`` one."""
-        bands = max(1, min(-(-inputs // BAND_INPUTS), connections // (BAND_CONNECTIONS * outputs)))
-        lengths = (connections, outputs, bands * outputs, inputs)
+        bands = column_bands = 1
+        if connections < inputs * outputs:
+            bands = max(1, min(-(-inputs // BAND_INPUTS), connections // (BAND_CONNECTIONS * outputs)))
+            column_bands = max(1, min(-(-outputs // BAND_OUTPUTS), connections // (BAND_CONNECTIONS * inputs)))
+        lengths = (connections, outputs, bands * outputs, column_bands * inputs)
         parts = zip(last.ends if last else (0, 0, 0, 0), lengths, strict=True)
-        return cls(inputs, outputs, bands, *(slice(start, start + length) for start, length in parts))
+        return cls(inputs, outputs, bands, column_bands, *(slice(start, start + length) for start, length in parts))
+
+    @property
+    def full(self) -> bool:
+        """Whether the layer holds every connection, and is large enough for BLAS."""
+        connections = self.connections.stop - self.connections.start
+        return connections == self.inputs * self.outputs and self.outputs >= FULL_OUTPUTS
 
     @property
     def ends(self) -> tuple[int, int, int, int]:
@@ -589,6 +672,8 @@ def allocate(blocks: list[Block], layers: int, dtype: np.dtype) -> Arrays:
     return Arrays(
         sizes=np.array(sizes),
         bands=np.array([block.bands for block in blocks[:layers]]),
+        full=np.array([block.full for block in blocks[:layers]]),
+        column_bands=np.array([block.column_bands for block in blocks[:layers]]),
         segment_start=np.zeros(segments + 1, np.uint32),
         input_index=np.zeros(connections, index),
         column_start=np.zeros(columns + 1, np.uint32),
@@ -623,20 +708,6 @@ class SparseNetwork:
         self.initial = [topology.astype(np.min_scalar_type(b.inputs * b.outputs)) for b, topology in sparse]
         self.steps = np.zeros((), dtype=np.int64)
 
-    def begin_adam_step(self) -> Optimizer:
-        """Count one more Adam step and return its constants."""
-        self.steps += 1
-        corrections = [1 - beta ** int(self.steps) for beta in BETAS]
-        constants = Optimizer(
-            step_size=self.args.learning_rate / corrections[0],
-            root_scale=1 / math.sqrt(corrections[1]),
-            weight_decay=self.args.weight_decay,
-            first_rate=1 - BETAS[0],
-            second_rate=1 - BETAS[1],
-            epsilon=1e-8,
-        )
-        return Optimizer(*map(self.arrays.parameters.dtype.type, constants))
-
     def adapt(self, rng: np.random.Generator) -> None:
         """Adapt the topology of every sparse layer (drop and grow)."""
         extras = [self._extras(block) for block in self.blocks]
@@ -668,23 +739,28 @@ class SparseNetwork:
 
     def _topology(self, block: Block) -> tuple[np.ndarray, np.ndarray]:
         """Return the sorted positions of a layer's connections, and where each is among the weights."""
-        inputs = np.repeat(np.arange(block.inputs), np.diff(self.arrays.column_start[with_end(block.columns)]))
+        counts = np.diff(self.arrays.column_start[with_end(block.columns)])
+        inputs = np.repeat(np.arange(len(counts)) % block.inputs, counts)
         positions = inputs * block.outputs + self.arrays.output_index[block.connections]
-        return positions, self.arrays.place[block.connections]
+        order = np.argsort(positions, kind="stable")
+        return positions[order], self.arrays.place[block.connections][order]
 
     def _write(self, block: Block, topology: np.ndarray, **values: np.ndarray) -> None:
         """Write a layer's topology into both indices, and ``values`` of its connections into the arrays so named."""
         arrays, start = self.arrays, block.connections.start
         inputs, outputs = np.divmod(topology, block.outputs)
         segments = inputs * block.bands // block.inputs * block.outputs + outputs
-        order = np.argsort(segments.astype(np.min_scalar_type(block.bands * block.outputs)), kind="stable")
+        columns = outputs * block.column_bands // block.outputs * block.inputs + inputs
+        by_segment, by_column = (np.argsort(numbers, kind="stable") for numbers in (segments, columns))
         arrays.segment_start[with_end(block.segments)] = start + start_of_each(segments, block.bands * block.outputs)
-        arrays.input_index[block.connections] = inputs[order]
-        arrays.column_start[with_end(block.columns)] = start + start_of_each(inputs, block.inputs)
-        arrays.output_index[block.connections] = outputs
-        arrays.place[start + order] = np.arange(start, block.connections.stop)
+        arrays.input_index[block.connections] = inputs[by_segment]
+        arrays.column_start[with_end(block.columns)] = start + start_of_each(columns, block.column_bands * block.inputs)
+        arrays.output_index[block.connections] = outputs[by_column]
+        place = np.empty_like(arrays.place[block.connections])
+        place[by_segment] = np.arange(start, block.connections.stop)
+        arrays.place[block.connections] = place[by_column]
         for name, array in values.items():
-            getattr(arrays, name)[block.connections] = array[order]
+            getattr(arrays, name)[block.connections] = array[by_segment]
 
     def _extras(self, block: Block) -> tuple[np.ndarray, np.ndarray]:
         """Return the positions and the weights of the connections that only a layer's target has."""
@@ -742,10 +818,11 @@ class SparseNetwork:
         arrays, connections = self.arrays, len(self.arrays.input_index)
         extras = [self._extras(block) for block in self.blocks]
         carried = {name: getattr(arrays, name) for name in CARRIED}
+        topology, place = map(np.concatenate, zip(*map(self._topology, self.blocks), strict=True))
         return {
             "sizes": arrays.sizes,
-            "topology": np.concatenate([self._topology(block)[0] for block in self.blocks]),
-            **{name: np.concatenate([a[arrays.place], a[connections:]]) for name, a in carried.items()},
+            "topology": topology,
+            **{name: np.concatenate([a[place], a[connections:]]) for name, a in carried.items()},
             "extra_topology": np.concatenate([positions for positions, _ in extras]),
             "extra_weight": np.concatenate([weight for _, weight in extras]),
             "extra_ends": np.cumsum([len(weight) for _, weight in extras]),
@@ -778,26 +855,26 @@ class SparseNetwork:
         self.steps = state["steps"].copy()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# TD3
-# ----------------------------------------------------------------------------------------------------------------------
-
-
+# --- TD3 --------------------------------------------------------------------------------------------------------------
 class Settings(NamedTuple):
-    """The constants of an update, in the type of the parameters."""
+    """The constants of an update; all but the learning rate in the type of the parameters."""
 
+    low: np.ndarray  # [actions]
+    high: np.ndarray  # [actions]
     gamma: np.floating
     policy_noise: np.floating
     noise_clip: np.floating
+    learning_rate: float
+    weight_decay: np.floating
 
 
 @njit(**COMPILED)
-def write_units(values: np.ndarray, first: int, array: np.ndarray) -> None:
-    """Write ``array`` [batch, features] into the rows of as many units from ``first`` on."""
-    stride, _ = batch_layout(len(array), values.itemsize)
-    for b in range(array.shape[0]):
-        for feature in range(array.shape[1]):
-            values[(first + feature) * stride + b] = array[b, feature]
+def gather(values: np.ndarray, first: int, rows: np.ndarray, picks: np.ndarray, start: int, stop: int) -> None:
+    """Write the columns ``start`` to ``stop`` of picked rows of a replay buffer into the units from ``first`` on."""
+    stride, _ = batch_layout(len(picks), values.itemsize)
+    for b in range(len(picks)):
+        for column in range(start, stop):
+            values[(first + column - start) * stride + b] = rows[picks[b], column]
 
 
 @njit(**COMPILED)
@@ -807,63 +884,76 @@ def first_output(network: Arrays, n: int) -> int:
 
 
 @njit(**COMPILED)
-def policy(actor: Arrays, target: bool, values: np.ndarray, low: np.ndarray, high: np.ndarray, batch: int):
-    """Return the actions [batch, actions] of an actor, or its target; its outputs in ``values`` become their tanh."""
-    forward(actor, 0, target, values, batch)
-    stride, _ = batch_layout(batch, values.itemsize)
-    first = first_output(actor, 0)
-    actions = np.empty((batch, len(low)), values.dtype)
-    for a in range(len(low)):
-        for b in range(batch):
-            values[(first + a) * stride + b] = math.tanh(values[(first + a) * stride + b])
-            actions[b, a] = values[(first + a) * stride + b] * (high[a] - low[a]) / 2 + (high[a] + low[a]) / 2
-    return actions
+def tanh(values: np.ndarray) -> None:
+    """Replace values by their tanh, (1 - e) / (1 + e) with e = exp(-2|x|): a plain loop, so on whole vectors."""
+    for k in range(len(values)):
+        z = -abs(np.float64(values[k])) / 64
+        z = -0.3125 if z < -0.3125 else z
+        e = 1.0
+        for term in (12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1):  # the series of exp(z); of 64 times as much by squaring
+            e = 1 + e * z / term
+        e *= e
+        e *= e
+        e *= e
+        e *= e
+        e *= e
+        e *= e
+        e *= e
+        values[k] = math.copysign((1 - e) / (1 + e), values[k])
 
 
 @njit(**COMPILED)
-def update_critics(actor, critics, actor_values, values, batch, noise, bounds, settings, optimizer):
+def policy(actor: Arrays, target: bool, values: np.ndarray, batch: int) -> np.ndarray:
+    """Apply an actor, or its target; return its outputs, within [-1, 1], as a view [actions, padded batch]."""
+    forward(actor, 0, target, values, batch)
+    outputs = units(values, first_output(actor, 0), actor.sizes[-1], batch)
+    tanh(outputs.reshape(outputs.size))
+    return outputs
+
+
+@njit(**COMPILED)
+def update_critics(actor, critics, actor_values, values, rows, picks, noise, settings, steps):
     """Fit all critics to the smallest of the target critics' values (clipped double Q-learning).
 
-    ``batch`` are the arrays of a ``Batch``. Returns the loss and the mean value.
+    The batch are the ``picks`` among a replay buffer's ``rows``, whose columns are those of a ``Batch``. Returns the
+    loss and the mean value.
     """
-    observation, action, reward, next_observation, terminated = batch
-    low, high = bounds
-    size, observations = observation.shape
-    stride, _ = batch_layout(size, values.itemsize)
+    low, high = settings.low, settings.high
+    size, observations, actions = len(picks), actor.sizes[0], len(low)
+    reward, following = observations + actions, observations + actions + 1
     networks = len(critics.prune_guess) // len(critics.bands)
 
-    write_units(actor_values, 0, next_observation)
-    next_action = policy(actor, True, actor_values, low, high, size)
-    for b in range(size):
-        for a in range(len(low)):
+    gather(actor_values, 0, rows, picks, following, following + observations)
+    outputs = policy(actor, True, actor_values, size)
+    next_action = units(values, observations, actions, size)
+    for a in range(actions):
+        half, middle = (high[a] - low[a]) / 2, (high[a] + low[a]) / 2
+        for b in range(size):
             smoothing = max(-settings.noise_clip, min(noise[b, a] * settings.policy_noise, settings.noise_clip))
-            next_action[b, a] += smoothing * (high[a] - low[a]) / 2
-            next_action[b, a] = min(max(next_action[b, a], low[a]), high[a])
-    write_units(values, 0, next_observation)
-    write_units(values, observations, next_action)
+            next_action[a, b] = min(max(outputs[a, b] * half + middle + smoothing * half, low[a]), high[a])
+    gather(values, 0, rows, picks, following, following + observations)
     next_values = np.empty((networks, size), values.dtype)
     for n in prange(networks):
         forward(critics, n, True, values, size)
-        output = first_output(critics, n) * stride
-        next_values[n] = values[output : output + size]
+        next_values[n] = units(values, first_output(critics, n), 1, size)[0, :size]
 
-    write_units(values, 0, observation)
-    write_units(values, observations, action)
+    gather(values, 0, rows, picks, 0, reward)
     losses, mean_values = np.zeros(networks), np.zeros(networks)
     for n in prange(networks):
         forward(critics, n, False, values, size)
-        output = values[first_output(critics, n) * stride :][:stride]
+        output = units(values, first_output(critics, n), 1, size)[0]
         output[size:] = 0
         for b in range(size):
             smallest = next_values[0, b]
             for other in range(1, networks):
                 smallest = min(smallest, next_values[other, b])
-            error = output[b] - (reward[b, 0] + settings.gamma * (1 - terminated[b, 0]) * smallest)
+            row = rows[picks[b]]
+            error = output[b] - (row[reward] + settings.gamma * (1 - row[following + observations]) * smallest)
             losses[n] += error * error / size
             mean_values[n] += output[b] / size
             output[b] = 2 * error / size
         backward(critics, n, values, size, 0, critics.gradient)
-    adam_step(critics, optimizer)
+    adam_step(critics, steps, settings.learning_rate, settings.weight_decay)
     return losses.sum(), mean_values.mean()
 
 
@@ -876,32 +966,33 @@ update_critics_in_threads = njit(**COMPILED, parallel=CRITICS_ALONE)(FunctionTyp
 
 
 @njit(**COMPILED)
-def update_actor(actor, critics, actor_values, values, observation, bounds, optimizer):
+def update_actor(actor, critics, actor_values, values, rows, picks, settings, steps):
     """Move the actor towards actions that the first critic values more (deterministic policy gradient).
 
-    Returns the loss.
+    The batch is as in ``update_critics``. Returns the loss.
     """
-    low, high = bounds
-    size, observations = observation.shape
-    stride, _ = batch_layout(size, values.itemsize)
-    write_units(actor_values, 0, observation)
-    action = policy(actor, False, actor_values, low, high, size)
-    write_units(values, 0, observation)
-    write_units(values, observations, action)
+    low, high = settings.low, settings.high
+    size, observations, actions = len(picks), actor.sizes[0], len(low)
+    gather(actor_values, 0, rows, picks, 0, observations)
+    outputs, action = policy(actor, False, actor_values, size), units(values, observations, actions, size)
+    for a in range(actions):
+        half, middle = (high[a] - low[a]) / 2, (high[a] + low[a]) / 2
+        for b in range(size):
+            action[a, b] = outputs[a, b] * half + middle
+    gather(values, 0, rows, picks, 0, observations)
     forward(critics, 0, False, values, size)
-    output = values[first_output(critics, 0) * stride :][:stride]
+    output = units(values, first_output(critics, 0), 1, size)[0]
     loss = -output[:size].mean()
     output[:size] = -1 / size
     output[size:] = 0
     backward(critics, 0, values, size, observations, None)
-    for a in range(len(low)):
-        tanh = actor_values[(first_output(actor, 0) + a) * stride :][:stride]
-        tanh[size:] = 0
+    for a in range(actions):
+        outputs[a, size:] = 0
         for b in range(size):
-            slope = (1 - tanh[b] * tanh[b]) * (high[a] - low[a]) / 2
-            tanh[b] = values[(observations + a) * stride + b] * slope
+            slope = (1 - outputs[a, b] * outputs[a, b]) * (high[a] - low[a]) / 2
+            outputs[a, b] = action[a, b] * slope  # by now the gradient of the action
     backward(actor, 0, actor_values, size, 0, actor.gradient)
-    adam_step(actor, optimizer)
+    adam_step(actor, steps, settings.learning_rate, settings.weight_decay)
     return loss
 
 
@@ -912,13 +1003,18 @@ def act(actor: Arrays, observation: np.ndarray, low: np.ndarray, high: np.ndarra
     x, row, segment = observation, 0, 0
     for layer in range(len(actor.bands)):
         y = biases[row : row + actor.sizes[layer + 1]].copy()
-        for _ in range(actor.bands[layer]):
-            for output in range(len(y)):
-                total = y[output]
-                for k in range(actor.segment_start[segment], actor.segment_start[segment + 1]):
-                    total += actor.parameters[k] * x[actor.input_index[k]]
-                y[output] = total
-                segment += 1
+        if actor.full[layer]:
+            weight = actor.parameters[actor.segment_start[segment] : actor.segment_start[segment + len(y)]]
+            y += np.dot(weight.reshape(len(y), len(x)), x)
+            segment += len(y)
+        else:
+            for _ in range(actor.bands[layer]):
+                for output in range(len(y)):
+                    total = y[output]
+                    for k in range(actor.segment_start[segment], actor.segment_start[segment + 1]):
+                        total += actor.parameters[k] * x[actor.input_index[k]]
+                    y[output] = total
+                    segment += 1
         row += len(y)
         # 0 * y, not 0: its type is that of y, and where y is not a number it is none either.
         x = np.maximum(y, 0 * y) if layer < len(actor.bands) - 1 else np.tanh(y)
@@ -934,8 +1030,10 @@ class SparseTD3(TD3):
     def __init__(self, actor: list[Layer], critics: list[Layer], bounds: tuple, args: Arguments):
         self.dtype = actor[0].weight.dtype.type
         super().__init__(SparseNetwork, actor, critics, tuple(np.array(bound, self.dtype) for bound in bounds), args)
-        self.settings = Settings(*map(self.dtype, (args.gamma, args.policy_noise, args.noise_clip)))
+        constants = map(self.dtype, (args.gamma, args.policy_noise, args.noise_clip))
+        self.settings = Settings(*self.bounds, *constants, args.learning_rate, self.dtype(args.weight_decay))
         self.batch_size = None
+        threadpool_limits(1, "blas")  # a second thread takes a critic of its own
         if args.threads > 1:  # starting numba's threads would give torch as many, against its own setting
             numba.set_num_threads(min(args.threads, numba.config.NUMBA_NUM_THREADS))
         self._compile()
@@ -944,59 +1042,58 @@ class SparseTD3(TD3):
         """Return the deterministic action [actions] for one observation [observations]."""
         return act(self.actor.arrays, np.array(observation, self.dtype), *self.bounds)
 
-    def update_critics(self, batch: Batch, noise: np.ndarray) -> None:
-        """Fit both critics to the smaller of the target critics' values (clipped double Q-learning).
+    def sample(self, buffer: ReplayBuffer, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """Draw a batch as numbers of the buffer's rows, from where the kernels gather it."""
+        return buffer.rows, buffer.draw(self.args.batch_size, rng)
 
-        ``noise`` [batch, actions] is standard normal; scaled and clipped, it smooths the target policy.
-        """
-        loss, value = self._critic_update(*self._critic_arguments(batch, noise, self.critics.begin_adam_step()))
+    def update_critics(self, batch: tuple[np.ndarray, np.ndarray], noise: np.ndarray) -> None:
+        """Fit both critics to the smaller target value; ``noise`` [batch, actions], unscaled, smooths the policy."""
+        self.critics.steps += 1
+        loss, value = self._critic_update(*self._spaces(batch), noise, self.settings, int(self.critics.steps))
         self.losses |= {"critic_loss": loss, "value": value}
 
     @property
     def _critic_update(self):
         return update_critics if self.args.threads == 1 else update_critics_in_threads
 
-    def update_actor(self, batch: Batch) -> None:
+    def update_actor(self, batch: tuple[np.ndarray, np.ndarray]) -> None:
         """Move the actor towards actions that the first critic values more (deterministic policy gradient)."""
-        self.losses |= {"actor_loss": update_actor(*self._actor_arguments(batch, self.actor.begin_adam_step()))}
+        self.actor.steps += 1
+        loss = update_actor(*self._spaces(batch), self.settings, int(self.actor.steps))
+        self.losses |= {"actor_loss": loss}
 
-    def _critic_arguments(self, batch: Batch, noise: np.ndarray, optimizer: Optimizer) -> tuple:
-        *batch, noise = (np.array(array, self.dtype, order="C") for array in (*batch, noise))
-        spaces = (self.actor.arrays, self.critics.arrays, *self._activations(len(noise)))
-        return *spaces, tuple(batch), noise, self.bounds, self.settings, optimizer
-
-    def _actor_arguments(self, batch: Batch, optimizer: Optimizer) -> tuple:
-        observation = np.array(batch[0], self.dtype, order="C")
-        spaces = (self.actor.arrays, self.critics.arrays, *self._activations(len(observation)))
-        return *spaces, observation, self.bounds, optimizer
-
-    def _activations(self, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return room for the values of all units of the actor and of the critics for a batch."""
+    def _spaces(self, batch: tuple[np.ndarray, np.ndarray]) -> tuple:
+        """Return the networks, room for the values of all their units, and the batch."""
+        batch_size = len(batch[1])
         if batch_size != self.batch_size:
             self.batch_size = batch_size
             self.activations = tuple(activations(network.arrays, batch_size) for network in (self.actor, self.critics))
-        return self.activations
+        return self.actor.arrays, self.critics.arrays, *self.activations, *batch
 
     def _compile(self) -> None:
         """Compile what has not been compiled on this machine before, and say so."""
-        observations, actions = int(self.actor.arrays.sizes[0]), len(self.bounds[0])
-        batch = [np.zeros((1, width), self.dtype) for width in (observations, actions, 1, observations, 1)]
-        optimizer = Optimizer(*[self.dtype(0)] * len(Optimizer._fields))
+        observations, actions = int(self.actor.arrays.sizes[0]), len(self.settings.low)
+        batch = np.zeros((1, 2 * observations + actions + 2), self.dtype), np.zeros(1, np.int64)
+        noise = np.zeros((1, actions), self.dtype)
         with event.install_listener("numba:compile", CompilationNotice()):
             for function, arguments in (
-                (act, (self.actor.arrays, batch[0][0], *self.bounds)),
-                (self._critic_update, self._critic_arguments(batch, batch[1], optimizer)),
-                (update_actor, self._actor_arguments(batch, optimizer)),
+                (act, (self.actor.arrays, batch[0][0, :observations], *self.bounds)),
+                (self._critic_update, (*self._spaces(batch), noise, self.settings, 1)),
+                (update_actor, (*self._spaces(batch), self.settings, 1)),
                 (soft_update, self.actor.soft_update_arguments()),
             ):
                 function.compile(tuple(map(numba.typeof, arguments)))
 
 
 def activations(network: Arrays, batch_size: int) -> np.ndarray:
-    """Allocate the values of a stack's units for a batch: a padded row for each, from a cache line's boundary on."""
+    """Allocate the values of a stack's units for a batch: a padded row for each, from a cache line's boundary on.
+
+    Behind them is room for the sums of one layer's inputs in each network (see ``backward_layer``).
+    """
     dtype = network.parameters.dtype
     stride, _ = batch_layout.py_func(batch_size, dtype.itemsize)
-    length = (int(network.sizes[0]) + len(network.extra_start) - 1) * stride
+    networks = len(network.prune_guess) // len(network.bands)
+    length = int(network.sizes[0] + len(network.extra_start) - 1 + networks * network.sizes.max()) * stride
     room = np.zeros(length + CACHE_LINE // dtype.itemsize, dtype)
     start = -room.ctypes.data % CACHE_LINE // dtype.itemsize
     return room[start : start + length]

@@ -5,7 +5,12 @@ import functools
 import io
 import itertools
 import math
+import os
+import platform
+import subprocess
+import sys
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -164,6 +169,59 @@ def test_engines_agree_over_hundreds_of_updates():
     assert adaptations == 10
     assert len(sparse.critics.arrays.extra_weight) > 0
     assert masked_rng.bit_generator.state == sparse_rng.bit_generator.state
+
+
+def test_engines_agree_on_a_dense_agent():
+    """Its hidden layers are matrices that BLAS multiplies, its output layers are not."""
+    this = case(hidden=(40, 24), sparsity=0.0, args=dataclasses.replace(DEFAULTS, method="td3"), batch_size=37)
+    (masked, masked_rng), (sparse, sparse_rng) = this.agent(dst_td3.MaskedTD3), this.agent(SparseTD3)
+    assert sparse.critics.arrays.full.tolist() == [True, True, False]
+    this.train(masked, masked_rng, range(1, 61))
+    this.train(sparse, sparse_rng, range(1, 61))
+    assert_agree(masked, sparse, rtol=1e-8, atol=1e-11)
+
+
+def test_engines_agree_where_only_some_layers_are_full():
+    """What a full layer leaves in the padding of its rows must not reach the others."""
+    this = Case([5, 40, 50, 40, 3], [8, 40, 50, 40, 1], [200, 900, 2000, 120], [320, 700, 2000, 40], batch_size=37)
+    (masked, masked_rng), (sparse, sparse_rng) = this.agent(dst_td3.MaskedTD3), this.agent(SparseTD3)
+    assert sparse.critics.arrays.full.tolist() == [True, False, True, False]
+    this.train(masked, masked_rng, range(1, 31))
+    this.train(sparse, sparse_rng, range(1, 31))
+    assert_agree(masked, sparse, rtol=1e-8, atol=1e-11)
+
+
+FEATURES = {
+    "AVX2": (
+        "haswell",
+        "+avx2,+avx,+fma,+bmi,+bmi2,+popcnt,+lzcnt,+f16c,+sse4.2,+sse4.1,+ssse3,+sse3,+sse2,+sse,+cx16",
+    ),
+    "no AVX": ("x86-64", "+sse2,+sse,+cx16,+fxsr,+mmx"),
+}
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the features are those of x86-64")
+@pytest.mark.parametrize("features", FEATURES)
+def test_engines_agree_on_processors_with_less(features, tmp_path):
+    """The kernels compiled for shorter vectors than this machine may have."""
+    name, flags = FEATURES[features]
+    compiled_for = {"NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": flags, "NUMBA_CACHE_DIR": str(tmp_path)}
+    chosen = "hundreds_of_updates or some_layers_are_full"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", chosen]
+    done = subprocess.run(command, env=os.environ | compiled_for, capture_output=True, text=True)
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:]
+    assert (
+        str(VECTOR_BYTES[features])
+        == subprocess.run(
+            [sys.executable, "-c", "import sparse_engine; print(sparse_engine.VECTOR_BYTES)"],
+            env=os.environ | compiled_for | {"PYTHONPATH": str(Path(sparse_engine.__file__).parent)},
+            capture_output=True,
+            text=True,
+        ).stdout.strip()
+    )
+
+
+VECTOR_BYTES = {"AVX2": 32, "no AVX": 16}
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
@@ -369,9 +427,9 @@ def test_a_diverged_network_shows():
     this = case(dtype=np.float32)
     agent, rng = this.agent(SparseTD3)
     agent.actor.arrays.parameters[0] = np.nan
-    batch = this.buffer.sample(this.batch_size, rng)
-    assert np.isnan(agent.act(batch.observation[0])).any()
-    agent.update_actor(batch)
+    agent.args = dataclasses.replace(agent.args, batch_size=this.batch_size)
+    assert np.isnan(agent.act(this.buffer.sample(1, rng).observation[0])).any()
+    agent.update_actor(agent.sample(this.buffer, rng))
     assert math.isnan(agent.losses["actor_loss"])
 
 

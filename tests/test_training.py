@@ -329,7 +329,7 @@ for name, options in {
         ("--method td3 --sparsity 0.5", "td3 is dense"),
         ("--method td3 --er-lambda 7 64", "td3 is dense"),
         ("--method td3 --dense-moments", "--dense-moments"),
-        ("--engine sparse --dense-moments", "and no --dense-moments: choose --engine masked"),
+        ("--engine sparse --dense-moments", "and no --dense-moments"),
         ("--batch-size 0", "--batch-size must be a positive whole number, not 0"),
         ("--total-timesteps -5", "--total-timesteps must be"),
         ("--total-timesteps 25000", "--total-timesteps must be more than --learning-starts (25000)"),
