@@ -87,10 +87,7 @@ class Emitter:
         self.lanes = VECTOR_BYTES // self.bytes
 
     def for_each_size(self, half_vectors, most: int, emit) -> None:
-        """Switch on the size of the tile, up to ``most`` half vectors; ``emit(slots)`` is the code for one size.
-
-        ``slots`` are the offset and the length of each of the tile's vectors, in elements.
-        """
+        """Switch on the tile's size, up to ``most``; ``emit`` takes offset and length of each of its vectors."""
         done = self.builder.append_basic_block("tile_done")
         switch = self.builder.switch(half_vectors, done)
         for size in range(1, most + 1):
@@ -584,10 +581,7 @@ def adam_step(network: Arrays, steps: int, learning_rate: float, weight_decay: n
 
 @njit(**COMPILED)
 def soft_update(network: Arrays, target_bits: np.ndarray, extra_bits: np.ndarray, tau: np.floating) -> None:
-    """Move a stack's targets a step ``tau`` towards their networks, then prune each layer.
-
-    ``target_bits`` and ``extra_bits`` are the targets' parameters and extras as integers of the same bits.
-    """
+    """Move a stack's targets, also given as the integers of their bits, by ``tau`` to their networks; then prune."""
     parameters, target, extra_weight = network.parameters, network.target, network.extra_weight
     for k in range(len(target)):
         target[k] += tau * (parameters[k] - target[k])
@@ -890,15 +884,10 @@ def tanh(values: np.ndarray) -> None:
         z = -abs(np.float64(values[k])) / 64
         z = -0.3125 if z < -0.3125 else z
         e = 1.0
-        for term in (12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1):  # the series of exp(z); of 64 times as much by squaring
+        for term in range(12, 0, -1):  # the series of exp(z), then by squaring exp(128 z)
             e = 1 + e * z / term
-        e *= e
-        e *= e
-        e *= e
-        e *= e
-        e *= e
-        e *= e
-        e *= e
+        for _ in range(7):
+            e *= e
         values[k] = math.copysign((1 - e) / (1 + e), values[k])
 
 
@@ -1022,10 +1011,7 @@ def act(actor: Arrays, observation: np.ndarray, low: np.ndarray, high: np.ndarra
 
 
 class SparseTD3(TD3):
-    """TD3 on sparse networks, on one CPU.
-
-    The first one after an installation compiles the kernels, which takes some seconds; later ones find them compiled.
-    """
+    """TD3 on sparse networks, on one CPU. The first one after an installation compiles the kernels."""
 
     def __init__(self, actor: list[Layer], critics: list[Layer], bounds: tuple, args: Arguments):
         self.dtype = actor[0].weight.dtype.type
@@ -1086,10 +1072,7 @@ class SparseTD3(TD3):
 
 
 def activations(network: Arrays, batch_size: int) -> np.ndarray:
-    """Allocate the values of a stack's units for a batch: a padded row for each, from a cache line's boundary on.
-
-    Behind them is room for the sums of one layer's inputs in each network (see ``backward_layer``).
-    """
+    """Allocate padded rows of cache lines for a stack's units, and for one layer's sums in each ``backward_layer``."""
     dtype = network.parameters.dtype
     stride, _ = batch_layout.py_func(batch_size, dtype.itemsize)
     networks = len(network.prune_guess) // len(network.bands)

@@ -11,20 +11,25 @@ import json
 import os
 import platform
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import PIPE
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
 import tyro
-from numba import njit
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -35,6 +40,11 @@ import sparse_engine  # noqa: E402
 OBSERVATIONS, ACTIONS, BATCH = 17, 6, 100  # HalfCheetah-v4 and the paper's batch
 BOUNDS = (-np.ones(ACTIONS, np.float32), np.ones(ACTIONS, np.float32))
 PAPERS_CONNECTIONS = 32_768  # of a 256 x 256 layer at sparsity 0.5
+PEERS = ("rltools", "stable-baselines3", "sbx")
+STEPS = 1000  # of a block of training
+CACHED = 4096  # float32 elements whose loads the kernels' limits measure: half of a small first-level cache
+LIMIT_SUMS = 12  # more than a multiply-add's latency asks for; with their factors they still fit in 16 registers
+LIMIT_STEP = LIMIT_SUMS * sparse_engine.VECTOR_BYTES // 4  # elements
 
 
 @dataclass(frozen=True)
@@ -42,7 +52,7 @@ class Options:
     """Measure seconds and bytes."""
 
     peers: Path | None = None
-    """Python of an environment with requirements-peers.txt; without it the end-to-end part leaves the peers out"""
+    """Python of an environment with requirements-peers.txt; without it the end-to-end part leaves all peers out"""
     results_dir: Path = Path("results/benchmarks")
     """where tables and figures go"""
     repeats: int = 7
@@ -202,50 +212,68 @@ def plot_growth(table: pd.DataFrame, path: Path) -> None:
 
 def end_to_end(options: Options) -> str:
     """Environment steps a second of whole training loops on HalfCheetah-v4, without evaluations."""
-    block = 1000
-    steppers: dict[str, Callable[[], float]] = {}
-    processes = []
-    for library in ("stable-baselines3", "sbx") if options.peers else ():
-        command = [str(options.peers), str(ROOT / "benchmarks" / "peer.py"), library]
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        processes.append(process)
-
-        def step(process: subprocess.Popen = process) -> float:
-            process.stdin.write(f"{block}\n")
-            process.stdin.flush()
-            return block / float(process.stdout.readline())
-
-        steppers[library] = step
-    for name, changes in (
-        ("td3", {"method": "td3"}),
-        *((f"ds-td3, sparsity {s}", {"sparsity": s}) for s in (0.5, 0.8, 0.9)),
-    ):
-        args = dst_td3.resolve(dst_td3.Arguments(learning_starts=1000, device="cpu", **changes))
-        run = dst_td3.Run(args, dst_td3.RunDirectory(args))
-        while run.step < args.learning_starts:
-            run.advance()
-
-        def advance(run: dst_td3.Run = run) -> float:
-            started = time.perf_counter()
-            for _ in range(block):
-                run.advance()
-            return block / (time.perf_counter() - started)
-
-        steppers[name] = advance
-    speeds = in_turn(steppers, options.repeats)
-    for process in processes:
-        process.stdin.close()
-        process.wait()
+    with ExitStack() as running:
+        steppers = {library: start_peer(options.peers, library, running) for library in PEERS if options.peers}
+        steppers |= {
+            "td3": start_run(method="td3", engine="masked"),
+            "td3, compiled": start_run(method="td3", engine="sparse"),
+            **{f"ds-td3, sparsity {s}": start_run(sparsity=s, engine="sparse") for s in (0.5, 0.8, 0.9, 0.95)},
+        }
+        speeds = in_turn({name: step for name, step in steppers.items() if step}, options.repeats)
     rows = []
     for name in speeds:
-        row = {"implementation": name, "steps_per_second": speeds[name].median()}
-        for library in ("stable-baselines3", "sbx"):
-            if library in speeds:
-                row[f"speedup_over_{library}"] = (speeds[name] / speeds[library]).median()
+        median = speeds[name].median()
+        row = {"implementation": name, "steps_per_second": median, "microseconds_per_step": 1e6 / median}
+        for library in filter(speeds.__contains__, PEERS):
+            row[f"speedup_over_{library}"] = (speeds[name] / speeds[library]).median()
         rows.append(row)
     table = pd.DataFrame(rows)
     table.round(3).to_csv(options.results_dir / "end_to_end.csv", index=False)
     return "## Steps a second of training on HalfCheetah-v4, without evaluations\n\n" + markdown(table)
+
+
+def start_peer(python: Path, library: str, running: ExitStack) -> Callable[[], float] | None:
+    """Start a library's training in its own environment, until ``running`` ends, and wait for the warm-up's end.
+
+    Returns what takes a block of steps and returns how many a second, or None where the library does not start.
+    """
+    command = [str(python), str(ROOT / "benchmarks" / "peer.py"), library]
+    with tempfile.TemporaryFile("w+") as errors:
+        process = running.enter_context(subprocess.Popen(command, stdin=PIPE, stdout=PIPE, stderr=errors, text=True))
+        if not process.stdout.readline():
+            errors.seek(0)
+            return leave_out(library, errors.read())
+
+    def step() -> float:
+        process.stdin.write(f"{STEPS}\n")
+        process.stdin.flush()
+        return STEPS / float(process.stdout.readline())
+
+    return step
+
+
+def start_run(**changes) -> Callable[[], float] | None:
+    """Start a run of dst_td3.py up to the end of its warm-up; returns what ``start_peer`` does."""
+    args = dst_td3.resolve(dst_td3.Arguments(learning_starts=1000, device="cpu", **changes))
+    try:
+        run = dst_td3.Run(args, dst_td3.RunDirectory(args))
+    except dst_td3.InputError as error:
+        return leave_out(f"{args.method} on the {args.engine} engine", str(error))
+    while run.step < args.learning_starts:
+        run.advance()
+
+    def step() -> float:
+        started = time.perf_counter()
+        for _ in range(STEPS):
+            run.advance()
+        return STEPS / (time.perf_counter() - started)
+
+    return step
+
+
+def leave_out(name: str, reason: str) -> None:
+    """Say in one line, the last one of the reason, why something is not measured."""
+    print(f"  {name} is left out: {(reason.splitlines() or ['it ended'])[-1]}", file=sys.stderr, flush=True)
 
 
 def inference(options: Options) -> str:
@@ -314,20 +342,40 @@ def repeat_backward(network: sparse_engine.Arrays, values: np.ndarray, times: in
         sparse_engine.backward(network, 0, values, BATCH, 0, network.gradient)
 
 
-@njit(fastmath=True)
-def load_and_multiply(values: np.ndarray, times: int) -> float:
-    """Multiply and add as fast as loads from the first-level cache allow: one operand of each from memory."""
-    total, factor = np.float32(0), np.float32(1)
-    for _ in range(times):
-        for i in range(len(values)):
-            total += values[i] * factor
-        factor += np.float32(1e-3)
-    return total
+def multiply_adds_of_loads(uses: int) -> Callable[[np.ndarray, int], float]:
+    """Compile the fastest multiply-adds on elements from the first-level cache, each loaded once for so many ``uses``.
+
+    It goes through ``values`` [CACHED + LIMIT_STEP] until it has loaded so many elements, in vectors of the kernels'
+    length, and keeps enough independent sums that no multiply-add waits for another.
+    """
+
+    @intrinsic
+    def run(typing, values, loads):
+        def codegen(context, builder, signature, arguments):
+            emitter = sparse_engine.Emitter(context, builder, values.dtype)
+            data, first, lanes = emitter.data(values, arguments[0]), ir.Constant(arguments[1].type, 0), emitter.lanes
+            slots = [(i * lanes, lanes) for i in range(LIMIT_SUMS // uses)]
+            factors = [ir.Constant(ir.VectorType(emitter.element, lanes), [0.5 + use] * lanes) for use in range(uses)]
+            zero = ir.Constant(factors[0].type, [0.0] * lanes)
+            sums = [[emitter.variable(zero) for _ in factors] for _ in slots]
+            with emitter.count(first, arguments[1], len(slots) * lanes) as k:
+                row = builder.gep(data, [builder.and_(k, ir.Constant(k.type, CACHED - 1))])
+                for slot, totals in zip(slots, sums, strict=True):
+                    vector = emitter.load(row, slot)
+                    for total, factor in zip(totals, factors, strict=True):
+                        emitter.add_to(total, vector, factor)
+            total = functools.reduce(builder.fadd, [builder.load(total) for totals in sums for total in totals])
+            return builder.extract_element(emitter.sum_each([total]), ir.Constant(ir.IntType(32), 0))
+
+        return values.dtype(values, types.intp), codegen
+
+    return njit(lambda values, loads: run(values, loads))
 
 
 def kernels(options: Options) -> str:
     """How fast the kernels multiply and add, against what loads and dense BLAS allow on the same machine."""
-    times, values = 300, np.ones(2048, np.float32)
+    times, loads = 300, LIMIT_STEP * 10_000_000
+    values = torch.rand(CACHED + LIMIT_STEP).numpy()  # torch's memory begins at a cache line
     dense = torch.randn(BATCH, 256), torch.randn(256, 256)
 
     def speed(work: Callable[[], object], operations: float) -> Callable[[], float]:
@@ -342,28 +390,39 @@ def kernels(options: Options) -> str:
         for _ in range(times):
             dense[0] @ dense[1]
 
-    blocks = {
-        "load-bound limit": speed(lambda: load_and_multiply(values, 100_000), 2.0 * len(values) * 100_000),
-        "dense BLAS, 256 x 256": speed(multiply, 2.0 * BATCH * 256 * 256 * times),
-    }
+    forward, backward = "limit, a load for each multiply-add", "limit, a load for two multiply-adds"
+    blocks, limits = {}, {}
+    for uses, name in ((1, forward), (2, backward)):
+        work = functools.partial(multiply_adds_of_loads(uses), values, loads)
+        blocks[name], limits[name] = speed(work, 2.0 * uses * loads), name
+    blocks["dense BLAS, 256 x 256"] = speed(multiply, 2.0 * BATCH * 256 * 256 * times)
+    limits["dense BLAS, 256 x 256"] = backward
     for sparsity in (0.5, 0.8, 0.9, 0.95):
         network = make_agent("sparse", sparsity=sparsity)[0].critics.arrays
         room = sparse_engine.activations(network, BATCH)
         products = 2.0 * BATCH * len(network.input_index) / 2 * times
-        for name, repeat, passes in (("forward", repeat_forward, 1), ("backward", repeat_backward, 2)):
-            work = functools.partial(repeat, network, room, times)
-            blocks[f"{name} of a critic, sparsity {sparsity}"] = speed(work, passes * products)
+        for kernel, repeat, uses, limit in (
+            ("forward", repeat_forward, 1, forward),
+            ("backward", repeat_backward, 2, backward),
+        ):
+            name = f"{kernel} of a critic, sparsity {sparsity}"
+            blocks[name] = speed(functools.partial(repeat, network, room, times), uses * products)
+            limits[name] = limit
     speeds = in_turn(blocks, options.repeats)
-    limit = speeds["load-bound limit"]
     table = pd.DataFrame(
-        {"kernel": name, "gflops": speeds[name].median(), "share_of_limit": (speeds[name] / limit).median()}
+        {
+            "kernel": name,
+            "gflops": speeds[name].median(),
+            "share_of_limit": (speeds[name] / speeds[limits[name]]).median(),
+        }
         for name in speeds
     )
     table.round(3).to_csv(options.results_dir / "kernels.csv", index=False)
     return (
         "## Speed of the kernels, in useful GFLOP/s\n\n"
-        "The limit loads one operand of each multiply-add from the first-level cache. The backward kernel loads a row "
-        "once and uses it twice, for the input's and for the weight's gradient, so it may come above.\n\n"
+        "The limits load vectors of the kernels' length from the first-level cache. The forward kernel uses what it "
+        "loads for one multiply-add, the backward kernel for two, for the input's and for the weight's gradient: each "
+        "is compared with its own limit, and dense BLAS, which uses a load more often, with the second.\n\n"
         + markdown(table)
     )
 
@@ -458,6 +517,9 @@ def main() -> None:
     unknown = [name for name in options.only if name not in PARTS]
     if unknown:
         print(f"benchmark.py: error: there is no part {unknown[0]}: choose from {', '.join(PARTS)}", file=sys.stderr)
+        sys.exit(2)
+    if options.peers and not shutil.which(options.peers):
+        print(f"benchmark.py: error: --peers {options.peers} is no program that can be run", file=sys.stderr)
         sys.exit(2)
     options.results_dir.mkdir(parents=True, exist_ok=True)
     os.sched_setaffinity(0, {max(ALLOWED) if options.core is None else options.core})

@@ -1,48 +1,99 @@
 """Steps a library's TD3 on demand: for each number of steps read from standard input, prints the seconds they took.
 
-usage: peer.py stable-baselines3|sbx, in the environment of requirements-peers.txt
+usage: peer.py rltools|stable-baselines3|sbx, in the environment of requirements-peers.txt
+
+The seconds of the warm-up come first, unasked. All libraries train in one thread, on Gymnasium's HalfCheetah-v4, with
+the paper's settings and without evaluations. RLtools' Python interface does not let us set all of them: it has no
+weight decay, and its updates begin at step 100, within the warm-up. Neither makes its later steps slower.
 """
 
+import os
 import sys
 import time
 import warnings
+from collections.abc import Callable
+from importlib.metadata import version
 
 import gymnasium
-import numpy as np
-import torch
-from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.noise import NormalActionNoise
 
 LEARNING_STARTS = 1000
 
 
-class StepsOnDemand(BaseCallback):
-    """Lets training go on for as many steps as are asked for."""
+class StepsOnDemand:
+    """Tells a library, after each step that it has taken, whether to take another one."""
 
     def __init__(self):
-        super().__init__()
-        self.left = None
+        # Libraries print to standard output too, RLtools from C++: that goes to standard error from now on.
+        self.answers = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)
+        self.left, self.started = LEARNING_STARTS, time.perf_counter()
 
-    def _on_step(self) -> bool:
-        if self.num_timesteps < LEARNING_STARTS:
+    def __call__(self) -> bool:
+        """Answer, when as many steps are taken as were asked for, and wait for the next number."""
+        self.left -= 1
+        if self.left > 0:
             return True
-        if self.left is not None:
-            self.left -= 1
-            if self.left > 0:
-                return True
-            print(time.perf_counter() - self.started, flush=True)
+        print(time.perf_counter() - self.started, file=self.answers, flush=True)
         line = sys.stdin.readline()
         self.left, self.started = int(line or 0), time.perf_counter()
         return bool(line)
 
 
-def main() -> None:
-    """Train with the paper's settings, which both libraries take under the same names."""
-    warnings.filterwarnings("ignore")
-    torch.set_num_threads(1)
+def make_environment() -> gymnasium.Env:
+    """Make the environment that all libraries train on."""
     env = gymnasium.make("HalfCheetah-v4")
-    actions = env.action_space.shape[0]
-    if sys.argv[1] == "sbx":
+    env.reset(seed=0)
+    return env
+
+
+def train_rltools(another: Callable[[], bool]) -> None:
+    """Train RLtools' TD3, which is compiled first where this machine has not done so yet (about a minute)."""
+    for package in ("mkl", "mkl-include"):
+        version(package)  # fails where it is missing; RLtools would go on with another BLAS, or with none
+    os.environ["MKL_NUM_THREADS"] = "1"
+    from rltools import TD3
+
+    module = TD3(
+        make_environment,
+        interface_name="benchmark",
+        enable_evaluation=False,
+        STEP_LIMIT=1_000_000_000,
+        N_WARMUP_STEPS=LEARNING_STARTS,
+        REPLAY_BUFFER_CAP=1_000_000,
+        ACTOR_HIDDEN_DIM=256,
+        CRITIC_HIDDEN_DIM=256,
+        ACTOR_NUM_LAYERS=3,
+        CRITIC_NUM_LAYERS=3,
+        ACTOR_BATCH_SIZE=100,
+        CRITIC_BATCH_SIZE=100,
+        CRITIC_TRAINING_INTERVAL=1,
+        ACTOR_TRAINING_INTERVAL=2,
+        CRITIC_TARGET_UPDATE_INTERVAL=2,
+        ACTOR_TARGET_UPDATE_INTERVAL=2,
+        ACTOR_POLYAK=1 - 0.005,
+        CRITIC_POLYAK=1 - 0.005,
+        GAMMA=0.99,
+        TARGET_NEXT_ACTION_NOISE_STD=0.2,
+        TARGET_NEXT_ACTION_NOISE_CLIP=0.5,
+        EXPLORATION_NOISE=0.1,
+        OPTIMIZER_ALPHA=1e-3,
+        OPTIMIZER_EPSILON=1e-8,
+        OPTIMIZER_EPSILON_SQRT=0.0,
+    )
+    state = module.State(0)
+    state.step()
+    while another():
+        state.step()
+
+
+def train_stable_baselines(another: Callable[[], bool], library: str) -> None:
+    """Train the TD3 of Stable-Baselines3 or of SBX, which take the same arguments."""
+    import numpy as np
+    import torch
+    from stable_baselines3.common.noise import NormalActionNoise
+
+    torch.set_num_threads(1)
+    if library == "sbx":
         import optax
         from sbx import TD3
 
@@ -54,8 +105,8 @@ def main() -> None:
         from stable_baselines3 import TD3
 
         optimizer = {"optimizer_kwargs": {"weight_decay": 2e-4}}
-    noise = NormalActionNoise(np.zeros(actions), 0.1 * np.ones(actions))
-    policy = {"net_arch": [256, 256], **optimizer}
+    env = make_environment()
+    actions = env.action_space.shape[0]
     model = TD3(
         "MlpPolicy",
         env,
@@ -69,11 +120,21 @@ def main() -> None:
         policy_delay=2,
         target_policy_noise=0.2,
         target_noise_clip=0.5,
-        action_noise=noise,
-        policy_kwargs=policy,
+        action_noise=NormalActionNoise(np.zeros(actions), 0.1 * np.ones(actions)),
+        policy_kwargs={"net_arch": [256, 256], **optimizer},
         seed=0,
     )
-    model.learn(1_000_000_000, callback=StepsOnDemand())
+    model.learn(1_000_000_000, callback=lambda *_: another())
+
+
+def main() -> None:
+    """Train the library named on the command line for as long as more steps are asked for."""
+    warnings.filterwarnings("ignore")
+    another = StepsOnDemand()
+    if sys.argv[1] == "rltools":
+        train_rltools(another)
+    else:
+        train_stable_baselines(another, sys.argv[1])
 
 
 main()
