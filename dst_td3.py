@@ -131,8 +131,8 @@ class Arguments:
     @property
     def sparse_engine_fits(self) -> bool:
         """Whether the sparse engine is there and can train this agent."""
-        installed = all(importlib.util.find_spec(name) for name in ("sparse_engine", "numba"))
-        return installed and self.device == "cpu" and not self.dense_moments
+        needed = map(importlib.util.find_spec, ("sparse_engine", "numba", "scipy", "threadpoolctl"))
+        return all(needed) and self.device == "cpu" and not self.dense_moments
 
     def agent_class(self) -> type["TD3"]:
         """Return the class of agent to train. Raises InputError where machine or arguments do not allow it."""
@@ -141,7 +141,7 @@ class Arguments:
         if self.engine == "masked":
             return MaskedTD3
         if not self.sparse_engine_fits:
-            raise InputError("--engine sparse needs the CPU, numba and sparse_engine.py, and no --dense-moments")
+            raise InputError("--engine sparse needs a CPU, sparse_engine.py and its packages, and no --dense-moments")
         from sparse_engine import SparseTD3
 
         return SparseTD3
