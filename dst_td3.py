@@ -1108,6 +1108,7 @@ def train(args: Arguments) -> int:
     run = None if directory.finished else Run(args, directory)
     with directory.opened():
         if directory.finished:
+            directory.remove_working_files()
             print(f"{directory.path} is finished already: nothing to do")
             return 0
         run.load()
@@ -1120,8 +1121,7 @@ def train(args: Arguments) -> int:
                 return 128 + stop_signals[0]
             summary = run.finish()
         except RunError as error:
-            going_on = f"the same command goes on from step {run.saved_step:,}"
-            raise RunError(f"after step {run.step:,}: {error}; {going_on}") from error
+            raise RunError(f"after step {run.step:,}: {error}; the command goes on from {run.saved_step:,}") from error
     print(f"final return {summary['final_return']:.1f}, LCA {summary['lca']:.4f}: {directory.path}")
     print(f"to see it: python watch.py {directory.path}")
     return 0
