@@ -804,7 +804,7 @@ class RunDirectory:
     @staticmethod
     def _stored(args: Arguments) -> dict:
         values = {k: v for k, v in dataclasses.asdict(args).items() if k not in args.PRESENTATION}
-        if args.initial_policy is not None and args.initial_policy.exists():  # what counts is its content
+        if args.initial_policy is not None and args.initial_policy.is_file():  # what counts is its content
             values["initial_policy"] = f"{args.initial_policy.name} {zlib.crc32(args.initial_policy.read_bytes()):x}"
         return json.loads(json.dumps(values, default=str))
 
@@ -842,7 +842,7 @@ class RunDirectory:
         """Where commit, versions or machine are not those of the run so far, say so and add them to its file."""
         config, now = json.loads(self.config.read_text()), provenance()
         sessions = config.get("resumed", [])
-        if any(now[key] != [config, *sessions][-1][key] for key in now):
+        if any(now[key] != [config, *sessions][-1].get(key) for key in now):
             print(f"from step {step:,} on, another commit, other versions or another machine make this run")
             write_json(self.config, config | {"resumed": [*sessions, {"step": step, **now}]})
 
@@ -1139,7 +1139,7 @@ def main(arguments: type[Arguments] = Arguments) -> int:
             return 0
         return train(args)
     except (InputError, RunError) as error:
-        print(f"{program}: error: {error}", file=sys.stderr)
+        print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
     except KeyboardInterrupt:  # before training has begun
         return 128 + signal.SIGINT

@@ -40,6 +40,7 @@ from numba import njit, prange, types
 from numba.core import cgutils, event
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
+from scipy.linalg import cython_blas  # noqa: F401  numba's np.dot takes it, and only what is loaded can be limited
 from threadpoolctl import threadpool_limits
 
 from dst_td3 import TD3, Arguments, Layer, ReplayBuffer

@@ -191,6 +191,22 @@ def test_engines_agree_where_only_some_layers_are_full():
     assert_agree(masked, sparse, rtol=1e-8, atol=1e-11)
 
 
+def test_blas_keeps_to_one_thread():
+    """In a process of its own, since a library that is loaded later than the limit is set would not be held to it."""
+    program = """
+import dst_td3, numpy, threadpoolctl
+args = dst_td3.Arguments(env="Hopper-v4", method="td3", engine="sparse", device="cpu", hidden=(64, 64), batch_size=50)
+run = dst_td3.Run(args, dst_td3.RunDirectory(args))
+run.buffer.added = 100
+run.agent.learn(run.buffer, 2, run.rng)
+libraries = [pool for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas"]
+print(len(libraries), {pool["num_threads"] for pool in libraries})
+"""
+    root = str(Path(sparse_engine.__file__).parent)
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.split()[1:] == ["{1}"], done.stdout + done.stderr
+
+
 FEATURES = {
     "AVX2": (
         "haswell",
