@@ -80,7 +80,9 @@ class Arguments:
     gamma: float = 0.99  # discount factor
     tau: float = 0.005  # rate at which target networks follow theirs
     policy_frequency: int = 2  # d of the paper: critic updates for each update of the actor and the targets
+    updates_per_step: int = 1  # critic updates after each environment step
     learning_rate: float = 1e-3  # Adam's learning rate, actor and critics
+    step_exponent: float = 0.0  # a sparse layer learns at density ** -step_exponent times the learning rate
     weight_decay: float = 2e-4  # L2 penalty, actor and critics
     exploration_noise: float = 0.1  # standard deviation of the exploration noise, in units of half the action range
     policy_noise: float = 0.2  # standard deviation of the target policy's smoothing noise, in the same units
@@ -154,12 +156,12 @@ def validate(args: Arguments) -> None:
         if not condition:
             raise InputError(f"--{name.replace('_', '-')} must be {expected}, not {getattr(args, name)}")
 
-    at_least_one = ("adapt_interval", "total_timesteps", "batch_size", "buffer_size", "policy_frequency")
-    for name in (*at_least_one, "eval_interval", "eval_episodes", "checkpoint_interval", "threads"):
+    at_least_one = ("adapt_interval", "total_timesteps", "batch_size", "buffer_size", "policy_frequency", "threads")
+    for name in (*at_least_one, "updates_per_step", "eval_interval", "eval_episodes", "checkpoint_interval"):
         require(getattr(args, name) > 0, name, "a positive whole number")
     for name in ("seed", "learning_starts", "weight_decay", "exploration_noise", "policy_noise", "noise_clip"):
         require(0 <= getattr(args, name) < math.inf, name, "zero or a positive number")
-    for name in ("drop_fraction", "adapt_until", "gamma", "tau"):
+    for name in ("drop_fraction", "adapt_until", "gamma", "tau", "step_exponent"):
         require(0 <= getattr(args, name) <= 1, name, "between 0 and 1")
     require(0 < args.learning_rate < math.inf, "learning_rate", "a positive number")
     require(len(args.hidden) > 0 and min(args.hidden) > 0, "hidden", "one or more positive widths")
@@ -261,16 +263,17 @@ def erdos_renyi_topology(shape: tuple[int, ...], connections: int, rng: Generato
     return rng.permuted(mask, axis=-1).reshape(shape)
 
 
-def adaptation_due(step: int, period: int, args: Arguments) -> bool:
-    """Tell whether a network that learns every ``period`` steps adapts its topology at ``step``: piece 2, the schedule.
+def adaptation_due(update: int, period: int, args: Arguments) -> bool:
+    """Tell whether a network that learns every ``period`` updates adapts its topology after one: piece 2, the schedule.
 
     An adaptation is due every ``adapt_interval`` (e) steps rather than at every step, since a new connection needs
     time to grow before its magnitude says anything of its worth. A network that does not learn at that very step adapts
     when it learns next. Topologies no longer change in the last ``1 - adapt_until`` of a run, as in the authors' code.
     """
-    if not args.adapts or step > args.adapt_until * args.total_timesteps:
+    interval = args.adapt_interval * args.updates_per_step
+    if not args.adapts or update > args.adapt_until * args.total_timesteps * args.updates_per_step:
         return False
-    return step // args.adapt_interval > (step - period) // args.adapt_interval
+    return update // interval > (update - period) // interval
 
 
 def _networks(tensor: Tensor) -> Tensor:
@@ -360,6 +363,15 @@ def policy(layers: list[Layer], observation: Tensor, low: Tensor, high: Tensor) 
     return torch.tanh(forward(layers, observation)) * (high - low) / 2 + (high + low) / 2
 
 
+def step_scale(mask: np.ndarray | Tensor, args: Arguments) -> float:
+    """Return by what Adam's steps in a layer's weights are multiplied: ``density ** -step_exponent``.
+
+    Few connections move a unit little. Sparse maximal-update parametrization (Dey et al. 2024, arXiv 2405.15743) has an
+    exponent of 1, and larger initial weights.
+    """
+    return float(mask.sum() / math.prod(mask.shape)) ** -args.step_exponent
+
+
 class MaskedNetwork:
     """A sparse network as dense matrices and 0/1 masks, with its Adam optimizer and its target network.
 
@@ -378,8 +390,12 @@ class MaskedNetwork:
         # Until the first adaptation a target shares its network's topology and needs no pruning.
         self.supports = [torch.empty(0, dtype=torch.int64, device=args.device) for _ in self.layers]
         self.parameters = [tensor.requires_grad_() for layer in self.layers for tensor in (layer.weight, layer.bias)]
-        rates = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
-        self.optimizer = torch.optim.Adam(self.parameters, **rates, fused=True)
+        rates: dict[float, list[Tensor]] = {}
+        for layer in self.layers:
+            for scale, tensor in ((step_scale(layer.mask, args), layer.weight), (1.0, layer.bias)):
+                rates.setdefault(args.learning_rate * scale, []).append(tensor)
+        groups = [{"params": tensors, "lr": rate} for rate, tensors in rates.items()]
+        self.optimizer = torch.optim.Adam(groups, weight_decay=args.weight_decay, fused=True)
         # Adam makes its state at its first step; checkpoints need it from the start.
         for p in self.parameters:
             moments = {name: torch.zeros_like(p, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}
@@ -455,8 +471,6 @@ class MaskedNetwork:
 
 
 # --- TD3 --------------------------------------------------------------------------------------------------------------
-
-
 class Batch(NamedTuple):
     """Transitions as float32 arrays [batch, ...]; ``terminated`` is 1 where no state follows, 0 at a time limit."""
 
@@ -519,17 +533,19 @@ class TD3:
 
     def learn(self, buffer: ReplayBuffer, step: int, rng: Generator) -> None:
         """Do the learning of one environment step: Algorithm 1 of the paper, from the sampled batch on."""
-        batch = self.sample(buffer, rng)
-        noise = rng.standard_normal((self.args.batch_size, len(self.bounds[0])), dtype=self.bounds[0].dtype)
-        self.update_critics(batch, noise)
-        if adaptation_due(step, 1, self.args):
-            self.critics.adapt(rng)
-        if step % self.args.policy_frequency == 0:
-            self.update_actor(batch)
-            if adaptation_due(step, self.args.policy_frequency, self.args):
-                self.actor.adapt(rng)
-            self.actor.update_target()
-            self.critics.update_target()
+        updates, delay = self.args.updates_per_step, self.args.policy_frequency
+        for update in range(updates * (step - 1) + 1, updates * step + 1):
+            batch = self.sample(buffer, rng)
+            noise = rng.standard_normal((self.args.batch_size, len(self.bounds[0])), dtype=self.bounds[0].dtype)
+            self.update_critics(batch, noise)
+            if adaptation_due(update, 1, self.args):
+                self.critics.adapt(rng)
+            if update % delay == 0:
+                self.update_actor(batch)
+                if adaptation_due(update, delay, self.args):
+                    self.actor.adapt(rng)
+                self.actor.update_target()
+                self.critics.update_target()
 
     def policy_layers(self) -> list[Layer]:
         """Return copies of the layers whose outputs, through a tanh, are the deterministic actions."""
@@ -597,13 +613,14 @@ class CheckedEnvironment(gymnasium.Wrapper):
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
         """Act, and return observation, reward, terminated, truncated and information."""
-        if not np.isfinite(action).all():
+        if not math.isfinite(action.sum()):
             raise RunError("the policy's action is not finite (the networks have diverged)")
         observation, reward, terminated, truncated, information = self._checked(self.env.step, action)
-        for name, value in (("an observation", observation), ("a reward", reward)):
-            if not np.isfinite(value).all():
+        reward = float(reward)
+        for name, total in (("an observation", observation.sum()), ("a reward", reward)):
+            if not math.isfinite(total):
                 raise RunError(f"{self.spec.id} returned {name} that is not finite")
-        return observation, float(reward), bool(terminated), bool(truncated), information
+        return observation, reward, bool(terminated), bool(truncated), information
 
     def _checked(self, function: Callable, *arguments, **options):
         try:
@@ -619,9 +636,8 @@ def make_environment(name: str, **options) -> gymnasium.Env:
     try:
         env = gymnasium.make(name, disable_env_checker=True, **options)
     except Exception as error:  # an environment's own code can raise anything
-        hint = "".join(f"; did you mean {known}?" for known in Arguments.PAPER_LAMBDA if known[:-1] == name[:-1])
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"environment {name} cannot be made: {reason}{hint}") from error
+        raise InputError(f"environment {name} cannot be made: {reason} (the paper's are -v4)") from error
     for kind, space in (("observations", env.observation_space), ("actions", env.action_space)):
         if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1:
             raise InputError(f"{name} has {kind} in {space}: needed is a vector of real numbers (a Box of one axis)")
@@ -653,16 +669,17 @@ def network_sizes(env: gymnasium.Env, args: Arguments) -> list[tuple[list[int], 
 def count_costs(env: gymnasium.Env, args: Arguments) -> dict[str, float]:
     """Count actor's and critics' connections (no biases, no targets) and training FLOPs, as the paper does.
 
-    A backward pass is two forward ones, the critic's part in the actor's loss is left out, and every step counts.
+    A backward pass is two forward ones, the critic's part in the actor's loss is left out, and every step counts. Dense
+    is with one update a step.
     """
 
     def count(args: Arguments) -> tuple[int, float]:
         actor, critic = (sum(connections) for _, connections in network_sizes(env, args))
         per_sample = 6 * 2 * critic + 6 * actor / args.policy_frequency
-        return actor + 2 * critic, args.total_timesteps * args.batch_size * per_sample
+        return actor + 2 * critic, args.total_timesteps * args.updates_per_step * args.batch_size * per_sample
 
     connections, flops = count(args)
-    dense_connections, dense_flops = count(dataclasses.replace(args, sparsity=None, er_lambda=None))
+    dense_connections, dense_flops = count(dataclasses.replace(args, sparsity=None, er_lambda=None, updates_per_step=1))
     return {
         "connections": connections,
         "sparsity": 1 - connections / dense_connections,
@@ -919,14 +936,8 @@ class Run:
         episodes = evaluate(self.agent.act, self.evaluation_env, self.args.eval_episodes, self.args.evaluation_seed)
         returns, lengths = zip(*episodes, strict=True)
         self.seconds["evaluation"] += time.perf_counter() - started
-        row = {
-            "step": self.step,
-            "return_mean": float(np.mean(returns)),
-            "return_std": float(np.std(returns)),
-            "return_min": min(returns),
-            "return_max": max(returns),
-            "length_mean": float(np.mean(lengths)),
-        }
+        row = {"step": self.step, "return_mean": float(np.mean(returns)), "return_std": float(np.std(returns))}
+        row |= {"return_min": min(returns), "return_max": max(returns), "length_mean": float(np.mean(lengths))}
         seconds = {f"{name}_seconds": round(value, 3) for name, value in self.seconds.items()}
         self.tables["evaluations"].append(row)
         self.tables["timing"].append({"step": self.step, **seconds})
@@ -951,15 +962,9 @@ class Run:
     def save(self) -> None:
         """Write a checkpoint. Until its last moment the previous one stays whole, whatever happens."""
         self._write_transitions()
-        state = {
-            "run": self.directory.id,
-            "step": self.step,
-            "transitions_crc": self.written_crc,
-            "rng": self.rng.bit_generator.state,
-            "episode_rng": self.episode_rng,
-            "tables": self.tables,
-            "seconds": self.seconds,
-        }
+        state = {"run": self.directory.id, "step": self.step, "transitions_crc": self.written_crc}
+        state |= {"rng": self.rng.bit_generator.state, "episode_rng": self.episode_rng}
+        state |= {"tables": self.tables, "seconds": self.seconds}
         with replaced(self.directory.path / "checkpoint.npz") as file:
             np.savez(file, state=np.array(json.dumps(state)), observation=self.observation, **self.agent.state())
         self.saved_step = self.step

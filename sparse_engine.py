@@ -21,9 +21,8 @@ network has dropped since, and it has not.
 - ``backward_row``, backward: the same from one input over the connections by input. An output's gradient row is loaded
   once and used twice: it adds to the input's gradient, in registers, and its dot product with the input's values, in
   registers too, is the weight's gradient. The input's gradient then takes the place of its values, whose work is done.
-- ``adam_step`` and ``soft_update`` stream through the flat arrays once.
 - ``prune_target`` sorts nothing: it counts, a stream of comparisons at a time, how many weights lie below a threshold.
-- Drop and grow, once in a thousand steps, sort connections with numpy; both indices are then written anew.
+- ``adam_step`` and ``soft_update`` stream through the flat arrays once; drop and grow, rare, sort them with numpy.
 """
 
 import math
@@ -43,7 +42,7 @@ from numba.extending import intrinsic
 from scipy.linalg import cython_blas  # noqa: F401  numba's np.dot takes it, and only what is loaded can be limited
 from threadpoolctl import threadpool_limits
 
-from dst_td3 import TD3, Arguments, Layer, ReplayBuffer
+from dst_td3 import TD3, Arguments, Layer, ReplayBuffer, step_scale
 
 BETAS = (0.9, 0.999)  # Adam's, as torch has them by default
 # No assumption that values are finite: a diverged network must show as one.
@@ -173,8 +172,7 @@ class Emitter:
     def sum_each(self, vectors: list):
         """Return the sum of each of several (a power of two) vectors, as one vector.
 
-        Vectors are summed in pairs, neighbouring lanes first, within groups of as many lanes as there are vectors: such
-        shuffles cost one instruction each.
+        Pairs first, neighbouring lanes within groups of as many lanes as there are vectors: cheap shuffles.
         """
         group, length = len(vectors), vectors[0].type.count
         starts = [start for first in range(0, length, group) for start in (first, length + first)]
@@ -428,6 +426,8 @@ class Arrays(NamedTuple):
     extra_start: np.ndarray  # [R + 1] the target's extras into row r
     extra_index: np.ndarray  # [E] their inputs
     extra_weight: np.ndarray  # [E]
+    step_scale: np.ndarray  # [N * L + 1] by what Adam's steps are multiplied in each layer's weights, and in all biases
+    step_stop: np.ndarray  # [N * L + 1] where each of these parts of the parameters ends
     prune_guess: np.ndarray  # [N * L] bits of the last magnitude that was pruned, where the next search starts
 
 
@@ -569,15 +569,17 @@ def adam_step(network: Arrays, steps: int, learning_rate: float, weight_decay: n
     parameters, gradient = network.parameters, network.gradient
     first, second = network.first_moment, network.second_moment
     number = parameters.dtype.type
-    # Both moments start at zero, which these correct.
-    step_size = number(learning_rate / (1 - BETAS[0] ** steps))
-    root_scale = number(1 / math.sqrt(1 - BETAS[1] ** steps))
+    root_scale = number(1 / math.sqrt(1 - BETAS[1] ** steps))  # both moments start at zero, which is corrected
     first_rate, second_rate, epsilon = number(1 - BETAS[0]), number(1 - BETAS[1]), number(1e-8)
-    for k in range(len(parameters)):
-        g = gradient[k] + weight_decay * parameters[k]
-        first[k] += first_rate * (g - first[k])
-        second[k] += second_rate * (g * g - second[k])
-        parameters[k] -= step_size * first[k] / (math.sqrt(second[k]) * root_scale + epsilon)
+    start = 0
+    for scale, stop in zip(network.step_scale, network.step_stop):  # noqa: B905  numba knows no strict
+        step_size = number(learning_rate * scale / (1 - BETAS[0] ** steps))
+        for k in range(start, stop):
+            g = gradient[k] + weight_decay * parameters[k]
+            first[k] += first_rate * (g - first[k])
+            second[k] += second_rate * (g * g - second[k])
+            parameters[k] -= step_size * first[k] / (math.sqrt(second[k]) * root_scale + epsilon)
+        start = stop
 
 
 @njit(**COMPILED)
@@ -678,6 +680,8 @@ def allocate(blocks: list[Block], layers: int, dtype: np.dtype) -> Arrays:
         extra_start=np.zeros(rows + 1, np.uint32),
         extra_index=np.zeros(0, index),
         extra_weight=np.zeros(0, dtype),
+        step_scale=np.ones(len(blocks) + 1),
+        step_stop=np.array([*(block.connections.stop for block in blocks), connections + rows]),
         prune_guess=np.zeros(len(blocks), np.int64),
     )
 
@@ -697,6 +701,7 @@ class SparseNetwork:
         self.arrays = allocate(self.blocks, self.depth, layers[0].weight.dtype)
         for block, topology, layer in zip(self.blocks, topologies, stack, strict=True):
             self._write(block, topology, parameters=layer.weight.ravel()[topology])
+        self.arrays.step_scale[:-1] = [step_scale(layer.mask, args) for layer in stack]
         self.arrays.parameters[len(self.arrays.input_index) :] = np.concatenate([layer.bias.ravel() for layer in stack])
         self.arrays.target[:] = self.arrays.parameters
         sparse = zip(self.blocks[: self.depth - 1], topologies, strict=False)
@@ -812,12 +817,12 @@ class SparseNetwork:
         """Return everything that training changes, as numpy arrays by name; the layout in memory is no part of it."""
         arrays, connections = self.arrays, len(self.arrays.input_index)
         extras = [self._extras(block) for block in self.blocks]
-        carried = {name: getattr(arrays, name) for name in CARRIED}
         topology, place = map(np.concatenate, zip(*map(self._topology, self.blocks), strict=True))
+        order = np.concatenate([place, np.arange(connections, len(arrays.parameters))])
         return {
             "sizes": arrays.sizes,
             "topology": topology,
-            **{name: np.concatenate([a[place], a[connections:]]) for name, a in carried.items()},
+            **{name: getattr(arrays, name)[order] for name in CARRIED},
             "extra_topology": np.concatenate([positions for positions, _ in extras]),
             "extra_weight": np.concatenate([weight for _, weight in extras]),
             "extra_ends": np.cumsum([len(weight) for _, weight in extras]),
@@ -833,8 +838,7 @@ class SparseNetwork:
         if not np.array_equal(state["sizes"], self.arrays.sizes):
             raise ValueError(f"its layers are {state['sizes'].tolist()} wide, not {self.arrays.sizes.tolist()}")
         ends = state["extra_ends"][:-1]
-        extras = [np.split(state[name], ends) for name in ("extra_topology", "extra_weight")]
-        extras = list(zip(*extras, strict=True))
+        extras = list(zip(*(np.split(state[f"extra_{name}"], ends) for name in ("topology", "weight")), strict=True))
         for block, (extra_positions, _) in zip(self.blocks, extras, strict=True):
             block.require_positions(extra_positions)
             block.require_positions(state["topology"][block.connections])

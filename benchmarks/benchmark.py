@@ -212,13 +212,15 @@ def plot_growth(table: pd.DataFrame, path: Path) -> None:
 
 def end_to_end(options: Options) -> str:
     """Environment steps a second of whole training loops on HalfCheetah-v4, without evaluations."""
+    ours = {
+        "td3": ("--method", "td3", "--engine", "masked"),
+        "td3, compiled": ("--method", "td3", "--engine", "sparse"),
+        **{f"ds-td3, sparsity {s}": ("--sparsity", str(s), "--engine", "sparse") for s in (0.5, 0.8, 0.9, 0.95)},
+    }
     with ExitStack() as running:
-        steppers = {library: start_peer(options.peers, library, running) for library in PEERS if options.peers}
-        steppers |= {
-            "td3": start_run(method="td3", engine="masked"),
-            "td3, compiled": start_run(method="td3", engine="sparse"),
-            **{f"ds-td3, sparsity {s}": start_run(sparsity=s, engine="sparse") for s in (0.5, 0.8, 0.9, 0.95)},
-        }
+        steppers = {name: start_training(options.peers, [name], running) for name in PEERS if options.peers}
+        for name, arguments in ours.items():
+            steppers[name] = start_training(Path(sys.executable), ["dst_td3", *arguments], running)
         speeds = in_turn({name: step for name, step in steppers.items() if step}, options.repeats)
     rows = []
     for name in speeds:
@@ -232,41 +234,22 @@ def end_to_end(options: Options) -> str:
     return "## Steps a second of training on HalfCheetah-v4, without evaluations\n\n" + markdown(table)
 
 
-def start_peer(python: Path, library: str, running: ExitStack) -> Callable[[], float] | None:
-    """Start a library's training in its own environment, until ``running`` ends, and wait for the warm-up's end.
+def start_training(python: Path, arguments: list[str], running: ExitStack) -> Callable[[], float] | None:
+    """Start a library's training in a process of its own, until ``running`` ends, and wait for the warm-up's end.
 
     Returns what takes a block of steps and returns how many a second, or None where the library does not start.
     """
-    command = [str(python), str(ROOT / "benchmarks" / "peer.py"), library]
+    command = [str(python), str(ROOT / "benchmarks" / "peer.py"), *arguments]
     with tempfile.TemporaryFile("w+") as errors:
         process = running.enter_context(subprocess.Popen(command, stdin=PIPE, stdout=PIPE, stderr=errors, text=True))
         if not process.stdout.readline():
             errors.seek(0)
-            return leave_out(library, errors.read())
+            return leave_out(" ".join(arguments), errors.read())
 
     def step() -> float:
         process.stdin.write(f"{STEPS}\n")
         process.stdin.flush()
         return STEPS / float(process.stdout.readline())
-
-    return step
-
-
-def start_run(**changes) -> Callable[[], float] | None:
-    """Start a run of dst_td3.py up to the end of its warm-up; returns what ``start_peer`` does."""
-    args = dst_td3.resolve(dst_td3.Arguments(learning_starts=1000, device="cpu", **changes))
-    try:
-        run = dst_td3.Run(args, dst_td3.RunDirectory(args))
-    except dst_td3.InputError as error:
-        return leave_out(f"{args.method} on the {args.engine} engine", str(error))
-    while run.step < args.learning_starts:
-        run.advance()
-
-    def step() -> float:
-        started = time.perf_counter()
-        for _ in range(STEPS):
-            run.advance()
-        return STEPS / (time.perf_counter() - started)
 
     return step
 

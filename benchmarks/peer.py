@@ -1,6 +1,7 @@
 """Steps a library's TD3 on demand: for each number of steps read from standard input, prints the seconds they took.
 
 usage: peer.py rltools|stable-baselines3|sbx, in the environment of requirements-peers.txt
+       peer.py dst_td3 [ARGUMENT ...], in that of dst_td3.py, with arguments of it
 
 The seconds of the warm-up come first, unasked. All libraries train in one thread, on Gymnasium's HalfCheetah-v4, with
 the paper's settings and without evaluations. RLtools' Python interface does not let us set all of them: it has no
@@ -13,6 +14,7 @@ import time
 import warnings
 from collections.abc import Callable
 from importlib.metadata import version
+from pathlib import Path
 
 import gymnasium
 
@@ -127,11 +129,31 @@ def train_stable_baselines(another: Callable[[], bool], library: str) -> None:
     model.learn(1_000_000_000, callback=lambda *_: another())
 
 
+def train_ours(another: Callable[[], bool], arguments: list[str]) -> None:
+    """Train as ``dst_td3.py`` does with these arguments, but write nothing."""
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    import torch
+    import tyro
+
+    import dst_td3
+
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    arguments = [*arguments, "--device", "cpu", "--learning-starts", str(LEARNING_STARTS)]
+    args = dst_td3.resolve(tyro.cli(dst_td3.Arguments, args=arguments))
+    run = dst_td3.Run(args, dst_td3.RunDirectory(args))
+    run.advance()
+    while another():
+        run.advance()
+
+
 def main() -> None:
     """Train the library named on the command line for as long as more steps are asked for."""
     warnings.filterwarnings("ignore")
     another = StepsOnDemand()
-    if sys.argv[1] == "rltools":
+    if sys.argv[1] == "dst_td3":
+        train_ours(another, sys.argv[2:])
+    elif sys.argv[1] == "rltools":
         train_rltools(another)
     else:
         train_stable_baselines(another, sys.argv[1])

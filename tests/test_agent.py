@@ -1,6 +1,7 @@
 """The agent's update: TD3 as the textbook has it, and nothing outside the topology."""
 
 import copy
+import itertools
 
 import numpy as np
 import pytest
@@ -157,6 +158,36 @@ def test_every_method_is_one_code_path():
         train(agent, range(1, 9))
     state, other = dense.state(), full.state()
     assert all(np.array_equal(state[name], other[name]) for name in state)
+
+
+def test_a_sparse_layers_steps_grow_with_its_sparsity():
+    # Adam's first step is as long as the learning rate, whatever the gradient.
+    agent = make_agent(sparsity=0.8, step_exponent=0.5, learning_rate=1e-3, weight_decay=0)
+    before = agent.critics.layer_arrays()
+    agent.update_critics(random_batch(np.random.default_rng(0)), np.zeros((8, ACTIONS), np.float32))
+    for layer, was in zip(agent.critics.layer_arrays(), before, strict=True):
+        steps, expected = np.abs(layer.weight - was.weight), 1e-3 * was.mask.mean() ** -0.5
+        assert steps.max() == pytest.approx(expected, rel=1e-3)
+        assert np.abs(layer.bias - was.bias).max() == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_several_updates_a_step_each_with_a_batch_of_its_own(monkeypatch):
+    agent, done = make_agent(sparsity=0.5, updates_per_step=3, adapt_interval=2), []
+    for name in ("update_critics", "update_actor"):
+        own = getattr(agent, name)
+        monkeypatch.setattr(
+            agent, name, lambda batch, *rest, own=own, name=name: (done.append((name, batch)), own(batch, *rest))
+        )
+    for name, network in agent.networks.items():
+        monkeypatch.setattr(network, "adapt", lambda rng, name=name: done.append((name, None)))
+    train(agent, range(1, 5))
+    names = [name for name, _ in done]
+    assert [names.count(name) for name in ("update_critics", "update_actor")] == [12, 6]
+    batches = [batch.reward.tolist() for name, batch in done if name == "update_critics"]
+    assert all(a != b for a, b in itertools.pairwise(batches))
+    # An interval is still one of environment steps: after steps 2 and 4.
+    assert [names.count(name) for name in agent.networks] == [2, 2]
+    assert names.index("critic") == names.index("actor") - 2
 
 
 def test_a_networks_arrays_are_copies():

@@ -98,6 +98,8 @@ def cases(draw):
         tau=draw(st.sampled_from([0.005, 0.3, 1])),
         policy_frequency=draw(st.integers(1, 3)),
         weight_decay=draw(st.sampled_from([0, 2e-4, 0.1])),
+        updates_per_step=draw(st.integers(1, 3)),
+        step_exponent=draw(st.sampled_from([0, 0.5, 1])),
     )
     batch_size = draw(st.one_of(st.integers(1, 40), st.sampled_from([100, 129, 300])))
     return Case(*sizes, *counts, args, batch_size, seed=draw(st.integers(0, 1000)))

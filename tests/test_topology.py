@@ -204,7 +204,11 @@ def test_a_targets_support_holds_until_the_next_adaptation():
 
 @pytest.mark.parametrize(
     ("changes", "connections", "flops"),
-    [({"method": "td3"}, 214_784, 1.074e14), ({"er_lambda": (7.0, 64.0)}, 106_169, 5.284e13)],
+    [
+        ({"method": "td3"}, 214_784, 1.074e14),
+        ({"er_lambda": (7.0, 64.0)}, 106_169, 5.284e13),
+        ({"er_lambda": (7.0, 64.0), "updates_per_step": 2}, 106_169, 2 * 5.284e13),
+    ],
 )
 def test_the_papers_connections_and_flops(changes, connections, flops):
     args = Arguments(env="HalfCheetah-v4", **changes)
