@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ OBSERVATIONS, ACTIONS, BATCH = 17, 6, 100  # HalfCheetah-v4 and the paper's batc
 BOUNDS = (-np.ones(ACTIONS, np.float32), np.ones(ACTIONS, np.float32))
 PAPERS_CONNECTIONS = 32_768  # of a 256 x 256 layer at sparsity 0.5
 PEERS = ("rltools", "stable-baselines3", "sbx")
+LEARNING_STARTS = 1000
 STEPS = 1000  # of a block of training
 CACHED = 4096  # float32 elements whose loads the kernels' limits measure: half of a small first-level cache
 LIMIT_SUMS = 12  # more than a multiply-add's latency asks for; with their factors they still fit in 16 registers
@@ -60,7 +62,7 @@ class Options:
     core: int | None = None
     """the core to run on, else the last one this process may use"""
     only: tuple[str, ...] = ()
-    """parts to run: updates, end_to_end, inference, memory, kernels, threads; all where none is given"""
+    """parts to run: updates, end_to_end, step, inference, memory, kernels, threads; all where none is given"""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -252,6 +254,76 @@ def start_training(python: Path, arguments: list[str], running: ExitStack) -> Ca
         return STEPS / float(process.stdout.readline())
 
     return step
+
+
+class Stopwatch:
+    """Adds up the seconds of each part of a program, those of the parts within it not counted."""
+
+    def __init__(self):
+        self.seconds, self.within, self.since = defaultdict(float), ["everything else"], time.perf_counter()
+
+    def stop(self) -> None:
+        """Give the seconds since the last part began or ended to the part that is going on."""
+        now = time.perf_counter()
+        self.seconds[self.within[-1]] += now - self.since
+        self.since = now
+
+    def time(self, part: str, holder: object, name: str) -> None:
+        """Count the calls of a holder's function as a part."""
+        function = getattr(holder, name)
+
+        def timed(*arguments, **options):
+            self.stop()
+            self.within.append(part)
+            result = function(*arguments, **options)
+            self.stop()
+            self.within.pop()
+            return result
+
+        setattr(holder, name, timed)
+
+
+def step(options: Options) -> str:
+    """Where the microseconds of a training step go, on HalfCheetah-v4."""
+    columns = {}
+    for label, changes in (
+        ("td3, compiled", {"method": "td3"}),
+        *((f"ds-td3, sparsity {s}", {"sparsity": s}) for s in (0.5, 0.9, 0.95)),
+    ):
+        args = dst_td3.Arguments(**changes, engine="sparse", device="cpu", learning_starts=LEARNING_STARTS)
+        run = dst_td3.Run(dst_td3.resolve(args), dst_td3.RunDirectory(args))
+        while run.step < 2 * LEARNING_STARTS:
+            run.advance()
+        columns[label] = step_parts(run, options.repeats)
+    order = columns[label].index  # a dense agent lacks the adaptation
+    table = pd.DataFrame(columns).reindex(order).fillna(0).rename_axis("part").reset_index()
+    table.round(1).to_csv(options.results_dir / "step.csv", index=False)
+    return "## Where a training step's microseconds go, on HalfCheetah-v4\n\n" + markdown(table)
+
+
+def step_parts(run: dst_td3.Run, repeats: int) -> pd.Series:
+    """Return the medians, over blocks of steps, of the microseconds a step that each part of it takes."""
+    agent, watch = run.agent, Stopwatch()
+    watch.time("critics' update", agent, "update_critics")
+    watch.time("actor's update, every second step", agent, "update_actor")
+    for network in agent.networks.values():
+        watch.time("targets, every second step", network, "update_target")
+        watch.time("adaptation, every thousandth step", network, "adapt")
+    watch.time("noise, and what calls the updates", agent, "learn")
+    watch.time("draw of a batch", agent, "sample")
+    watch.time("action", agent, "explore")
+    watch.time("MuJoCo", run.env.unwrapped, "do_simulation")
+    watch.time("environment around it, checks", run.env, "step")
+    watch.time("replay buffer", run.buffer, "add")
+    blocks = []
+    for _ in range(repeats):
+        watch.seconds.clear()
+        for _ in range(STEPS):
+            run.advance()
+        watch.stop()
+        blocks.append({part: 1e6 * seconds / STEPS for part, seconds in watch.seconds.items()})
+    parts = pd.DataFrame(blocks).fillna(0).median().sort_values(ascending=False)
+    return pd.concat([parts, pd.Series({"all": parts.sum()})])
 
 
 def leave_out(name: str, reason: str) -> None:
@@ -487,7 +559,7 @@ def machine() -> str:
     return f"{model}, {' '.join(vector)}; {', '.join(caches)}; {os.cpu_count()} cores; {versions}"
 
 
-PARTS = {part.__name__: part for part in (updates, end_to_end, inference, memory, kernels, threads)}
+PARTS = {part.__name__: part for part in (updates, end_to_end, step, inference, memory, kernels, threads)}
 ALLOWED = os.sched_getaffinity(0)
 
 
