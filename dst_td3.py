@@ -57,12 +57,9 @@ class Arguments:
     """Train a TD3 agent that is sparse from the first step to the last (DS-TD3). Defaults are the paper's settings."""
 
     env: str = "HalfCheetah-v4"  # Gymnasium environment with a vector of observations and a bounded vector of actions
-    method: Literal["ds-td3", "static-td3", "td3"] = "ds-td3"
-    """ds-td3 adapts its sparse topology, static-td3 keeps the first one, td3 is dense"""
-    sparsity: float | None = None
-    """fraction of connections that the hidden layers go without (default: the paper's --er-lambda, else 0.5)"""
-    er_lambda: tuple[float, ...] | None = None
-    """the paper's lambda of each hidden layer, instead of --sparsity: lambda * (inputs + outputs) connections"""
+    method: Literal["ds-td3", "static-td3", "td3"] = "ds-td3"  # adapts its topology, keeps its first one, or is dense
+    sparsity: float | None = None  # fraction of the hidden layers' connections left out (default: --er-lambda, or 0.5)
+    er_lambda: tuple[float, ...] | None = None  # instead: lambda * (inputs + outputs) connections for each hidden layer
     hidden: tuple[int, ...] = (256, 256)  # widths of the hidden layers
     adapt_interval: int = 1000  # e of the paper: steps between two adaptations of the topology
     drop_fraction: float = 0.05  # eta of the paper: fraction of a layer's connections that an adaptation replaces
@@ -73,8 +70,7 @@ class Arguments:
     seed: int = 0  # seed of everything random in the run; evaluations use seed + 100
     total_timesteps: int = 1_000_000  # environment steps of the run
     learning_starts: int = 25_000  # steps of uniform random actions before the first update
-    initial_policy: Path | None = None
-    """act with this trained policy (and noise) before the first update, not at random (Figure 4)"""
+    initial_policy: Path | None = None  # act with this trained policy, and noise, before the first update (Figure 4)
     batch_size: int = 100  # transitions in a batch
     buffer_size: int = 1_000_000  # transitions that the replay buffer holds
     gamma: float = 0.99  # discount factor
@@ -366,8 +362,7 @@ def policy(layers: list[Layer], observation: Tensor, low: Tensor, high: Tensor) 
 def step_scale(mask: np.ndarray | Tensor, args: Arguments) -> float:
     """Return by what Adam's steps in a layer's weights are multiplied: ``density ** -step_exponent``.
 
-    Few connections move a unit little. Sparse maximal-update parametrization (Dey et al. 2024, arXiv 2405.15743) has an
-    exponent of 1, and larger initial weights.
+    Few connections move a unit little. Sparse maximal-update parametrization (arXiv 2405.15743) has an exponent of 1.
     """
     return float(mask.sum() / math.prod(mask.shape)) ** -args.step_exponent
 
@@ -669,8 +664,7 @@ def network_sizes(env: gymnasium.Env, args: Arguments) -> list[tuple[list[int], 
 def count_costs(env: gymnasium.Env, args: Arguments) -> dict[str, float]:
     """Count actor's and critics' connections (no biases, no targets) and training FLOPs, as the paper does.
 
-    A backward pass is two forward ones, the critic's part in the actor's loss is left out, and every step counts. Dense
-    is with one update a step.
+    A backward pass is two forward ones, the critic's part in the actor's loss is left out, and every step counts.
     """
 
     def count(args: Arguments) -> tuple[int, float]:
@@ -680,12 +674,8 @@ def count_costs(env: gymnasium.Env, args: Arguments) -> dict[str, float]:
 
     connections, flops = count(args)
     dense_connections, dense_flops = count(dataclasses.replace(args, sparsity=None, er_lambda=None, updates_per_step=1))
-    return {
-        "connections": connections,
-        "sparsity": 1 - connections / dense_connections,
-        "training_flops": flops,
-        "training_flops_of_dense": dense_flops,
-    }
+    counts = {"connections": connections, "sparsity": 1 - connections / dense_connections}
+    return counts | {"training_flops": flops, "training_flops_of_dense": dense_flops}
 
 
 def describe(env: gymnasium.Env, args: Arguments) -> str:
@@ -775,8 +765,8 @@ def save_policy(path: Path, actor: list[Layer], bounds: tuple, env: str) -> None
         np.savez(file, **arrays)
 
 
-def load_policy(path: Path, env: str) -> Callable[[np.ndarray], np.ndarray]:
-    """Read a policy for ``env`` as a function from observation to action. Raises InputError when it is none."""
+def read_policy(path: Path) -> tuple[list[Layer], Tensor, Tensor, str]:
+    """Read a policy's layers, its bounds [actions] and its environment. Raises InputError when it is none."""
     try:
         arrays = read_arrays(path)
         layers = []
@@ -786,9 +776,14 @@ def load_policy(path: Path, env: str) -> Callable[[np.ndarray], np.ndarray]:
             weight = torch.zeros(shape)
             weight[mask == 1] = torch.from_numpy(arrays[f"{index}.weight"])
             layers.append(Layer(weight, mask, torch.from_numpy(arrays[f"{index}.bias"])))
-        low, high, trained_for = torch.from_numpy(arrays["low"]), torch.from_numpy(arrays["high"]), str(arrays["env"])
+        return layers, torch.from_numpy(arrays["low"]), torch.from_numpy(arrays["high"]), str(arrays["env"])
     except (KeyError, ValueError) as error:
         raise InputError(f"{path} is no policy that can be read: {error}") from error
+
+
+def load_policy(path: Path, env: str) -> Callable[[np.ndarray], np.ndarray]:
+    """Read a policy for ``env`` as a function from observation to action. Raises InputError when it is none."""
+    layers, low, high, trained_for = read_policy(path)
     if trained_for != env:
         raise InputError(f"{path} holds a policy for {trained_for}, not for {env}")
     return lambda observation: policy(layers, torch.from_numpy(observation).float()[None], low, high)[0].numpy()
@@ -807,7 +802,7 @@ def provenance() -> dict:
     modules = (sys.modules[name] for name in ("torch", "gymnasium", "numpy", "mujoco") if name in sys.modules)
     versions = {module.__name__: module.__version__ for module in modules}
     machine = {"processor": processor, "cores": os.cpu_count(), "system": platform.platform()}
-    return {"versions": {"python": platform.python_version(), **versions}, "commit": commit, "machine": machine}
+    return {"versions": {"python": platform.python_version()} | versions, "commit": commit, "machine": machine}
 
 
 class RunDirectory:

@@ -5,9 +5,10 @@ cd "$(dirname "$0")"
 
 # bash reads what is between these braces before it begins, so this file may change while it runs for days.
 {
-# The grid of one seed, in the order in which it is made. The defaults of dst_td3.py are the paper's settings, so a row
-# only says what differs, in any options of dst_td3.py. N% of --snapshot-at and --initial-policy stands for the policy
-# after N % of a run, the paper's 5e5 and 7e5 steps; --initial-policy takes that of the run that is otherwise the same.
+# The grid of one seed, in the order in which it is made. dst_td3.py makes a row, or dst_sac.py where its method is one of
+# SAC's. Their defaults are the paper's settings, so a row only says what differs, in any options of its program. N% of
+# --snapshot-at and --initial-policy stands for the policy after N % of a run, the paper's 5e5 and 7e5 steps;
+# --initial-policy takes that of the run that is otherwise the same.
 # shown in                   environment     method      further arguments
 grid='
 fig1,tables,fig2,fig4        HalfCheetah-v4  ds-td3      --snapshot-at 50% 70%
@@ -35,6 +36,16 @@ fig4                         HalfCheetah-v4  ds-td3      --initial-policy 50%
 fig4                         HalfCheetah-v4  ds-td3      --initial-policy 70%
 fig4                         HalfCheetah-v4  td3         --initial-policy 50%
 fig4                         HalfCheetah-v4  td3         --initial-policy 70%
+appendix                     HalfCheetah-v4  ds-sac
+appendix                     HalfCheetah-v4  sac
+appendix                     Hopper-v4       ds-sac
+appendix                     Hopper-v4       sac
+appendix                     Walker2d-v4     ds-sac
+appendix                     Walker2d-v4     sac
+appendix                     Ant-v4          ds-sac
+appendix                     Ant-v4          sac
+appendix                     Humanoid-v4     ds-sac
+appendix                     Humanoid-v4     sac
 '
 
 usage() {
@@ -44,8 +55,8 @@ usage: ./run_all.sh [OPTION ...]
 Trains every agent of the paper and executes analysis.ipynb, which makes every figure and table from the results.
 It can be stopped at any moment; given again, it does only what is missing.
 
-  --only NAME              only the runs of fig1, fig2, fig3, fig4, tables, an environment or a method;
-                           given again, it narrows further: --only fig1 --only Hopper-v4
+  --only NAME              only the runs of fig1, fig2, fig3, fig4, tables (1 and 2), appendix (3 to 5: DS-SAC), an
+                           environment or a method; given again, it narrows further: --only fig1 --only Hopper-v4
   --seeds N                seeds of each run, 0 to N-1 (default: 5; with --quick: 2)
   --steps N                environment steps of a run (default: 1000000; with --quick: 1500)
   --jobs N                 runs at the same time, one thread each (default: one for each core)
@@ -112,7 +123,7 @@ while read -r figures env method further; do
   rows+="$env $method $further"$'\n'
 done <<<"$grid"
 [[ -n $rows ]] ||
-  reject "no run is of ${only[*]} together: --only takes fig1 to fig4, tables, an environment or a method"
+  reject "no run is of ${only[*]} together: --only takes fig1 to fig4, tables, appendix, an environment or a method"
 
 length='' evaluation=''
 ((steps == 1000000)) || length="--total-timesteps $steps"
@@ -125,7 +136,7 @@ fi
 [[ -n $VIRTUAL_ENV || ! -x .venv/bin/python ]] || PATH=$PWD/.venv/bin:$PATH
 command -v python >/dev/null || reject "there is no python on the PATH: activate the environment of requirements.txt"
 
-# Prints a line for each run, its three parts between tabs. dst_td3.py names the directories.
+# Prints a line for each run, its three parts between tabs. Its program's arguments name the directory.
 list_runs() {
   python - "$rows" "$seeds" "$steps" "$length" "$evaluation" "$results" <<'END'
 import dataclasses
@@ -137,6 +148,7 @@ from pathlib import Path
 try:
     import tyro
 
+    from dst_sac import SACArguments
     from dst_td3 import Arguments, RunDirectory, with_topology
 except ImportError as error:
     print(f"run_all.sh: error: {error}: activate the environment of requirements.txt", file=sys.stderr)
@@ -158,14 +170,15 @@ for seed, row in itertools.product(range(int(seeds)), rows.splitlines()):
     options = {option.split()[0]: option for option in further}
     initial, snapshots = (options.pop(name, "") for name in ("--initial-policy", "--snapshot-at"))
     setting = f"--env {env} --method {method} --seed {seed} {' '.join(options.values())} {length}"
-    args = tyro.cli(Arguments, args=f"{setting} {evaluation} --results-dir .".split(), prog="dst_td3.py")
+    program, arguments = ("dst_sac.py", SACArguments) if method.endswith("sac") else ("dst_td3.py", Arguments)
+    args = tyro.cli(arguments, args=f"{setting} {evaluation} --results-dir .".split(), prog=program)
     need = ""
     if initial:
         need = f"{directory(args)}/policy-{initial.split()[1]}.npz"
         initial = f"--initial-policy {need}"
         args = dataclasses.replace(args, initial_policy=Path(need))
     words = f"{setting} {initial} {evaluation} {snapshots} --device cpu --results-dir {results}".split()
-    print(" ".join(["python dst_td3.py", *words]), directory(args), need, sep="\t")
+    print(" ".join(["python", program, *words]), directory(args), need, sep="\t")
 END
 }
 

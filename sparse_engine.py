@@ -1,9 +1,8 @@
 """DS-TD3 on connections alone: the update of ``dst_td3.py`` with no dense weight matrix, mask, gradient or moment.
 
 ``SparseTD3`` does what ``MaskedTD3`` does, on one CPU, with time and memory in proportion to the connections. The two
-files read side by side, room by room: topology (drop and grow, prune the target), networks, TD3. The room that only
-this one has comes first, the kernels, which numba compiles. Full layers, all of TD3's, are matrices that BLAS
-multiplies: what a dense agent gains here is what compiling gains.
+files read side by side, room by room; the room that only this one has comes first, the kernels, which numba compiles.
+Full layers, all of TD3's, are matrices that BLAS multiplies: what a dense agent gains here is what compiling gains.
 
 **What lies where.** A layer's connections are compressed rows: those into one output lie side by side, each a weight
 and the 2-byte number of its input. A second index lists the same connections by input, each with its output and its
@@ -15,19 +14,18 @@ network has dropped since, and it has not.
 **How the kernels move memory.** A connection multiplies a whole row of activations, so loading rows bounds the time.
 
 - ``weighted_sum``, forward: some columns of one output's row (a tile) stay in vector registers while all connections
-  into that output pass by. A connection loads its index, its weight and its input's tile, and the multiplication takes
-  the tile as it is loaded. The output is stored once, bias and ReLU included. Large layers go by bands of inputs, so
-  that tiles come from the first-level cache.
+  into that output pass by, each with its input's tile. Then they are stored, bias and ReLU included. Large layers go by
+  bands of inputs, whose tiles fit the first-level cache.
 - ``backward_row``, backward: the same from one input over the connections by input. An output's gradient row is loaded
-  once and used twice: it adds to the input's gradient, in registers, and its dot product with the input's values, in
-  registers too, is the weight's gradient. The input's gradient then takes the place of its values, whose work is done.
-- ``prune_target`` sorts nothing: it counts, a stream of comparisons at a time, how many weights lie below a threshold.
+  once and used twice: it adds to the input's gradient, and its dot product with the input's values is the weight's
+  gradient. The input's gradient then takes the place of its values, whose work is done.
 - ``adam_step`` and ``soft_update`` stream through the flat arrays once; drop and grow, rare, sort them with numpy.
+- ``prune_target`` sorts nothing: it counts, a stream of comparisons at a time, how many weights lie below a threshold.
 """
 
 import math
 import sys
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FunctionType
 from typing import NamedTuple
@@ -51,7 +49,6 @@ COMPILED = {"cache": True, "fastmath": {"contract", "reassoc", "nsz", "arcp"}, "
 # --- Kernels ----------------------------------------------------------------------------------------------------------
 #
 # A tile is some columns of a row of activations, counted in half vectors so that a batch of 100 wastes at most a half.
-
 FEATURES = cpu_target.target_context.codegen().magic_tuple()[2]
 VECTOR_BYTES = 64 if "+avx512f" in FEATURES else 32 if "+avx" in FEATURES else 16
 CACHE_LINE = 64
@@ -59,11 +56,8 @@ CACHE_LINE = 64
 
 def first_level_cache() -> int:
     """Return the bytes of a core's first-level cache for data; 32 KB where Linux does not tell."""
-    for cache in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
-        level, kind, size = ((cache / name).read_text().strip() for name in ("level", "type", "size"))
-        if (level, kind) == ("1", "Data"):
-            return int(size.removesuffix("K")) * 1024
-    return 32 * 1024
+    size = Path("/sys/devices/system/cpu/cpu0/cache/index0/size")  # Linux lists the one for data first
+    return int(size.read_text().strip().removesuffix("K")) * 1024 if size.exists() else 32 * 1024
 
 
 # The most half vectors in a tile: what the registers hold. Where the cache is small, the forward pass takes less of
@@ -98,12 +92,6 @@ class Emitter:
             emit(slots + [(size // 2 * self.lanes, self.lanes // 2)] * (size % 2))
             self.builder.branch(done)
         self.builder.position_at_end(done)
-
-    @contextmanager
-    def count(self, first, end, step: int):
-        """Loop over the numbers from ``first`` up to ``end`` in steps."""
-        with cgutils.for_range_slice(self.builder, first, end, ir.Constant(first.type, step)) as (k, _):
-            yield k
 
     def data(self, type_, array):
         """Return the pointer to an array's first element."""
@@ -218,7 +206,7 @@ def weighted_sum(
                 first = builder.select(resume, emitter.load(out, slot), emitter.splat(initial, slot[1]))
                 sums.append(emitter.variable(first))
             for weights, indices, first, end in ((*data[:2], start, stop), (*data[2:], *extra)):
-                with emitter.count(first, end, 1) as k:
+                with cgutils.for_range_slice(builder, first, end, ir.Constant(first.type, 1)) as (k, _):
                     offset = builder.add(source_at, builder.mul(emitter.at(indices, k), stride))
                     row, w = builder.gep(rows, [offset]), emitter.at(weights, k)
                     for total, slot in zip(sums, slots, strict=True):
@@ -279,7 +267,7 @@ def backward_row(
                 return (builder.gep(gradients, [place]), emitter.dot(value, delta)) if to_weights else None
 
             def connections(first, end, count):
-                with emitter.count(first, end, count) as k:
+                with cgutils.for_range_slice(builder, first, end, ir.Constant(first.type, count)) as (k, _):
                     each = [connection(builder.add(k, ir.Constant(k.type, i))) for i in range(count)]
                     if to_weights:
                         pointers, dots = zip(*each, strict=True)
@@ -639,11 +627,6 @@ class Block(NamedTuple):
         """How many connections, rows, segments and columns there are up to the end of this layer."""
         return self.connections.stop, self.rows.stop, self.segments.stop, self.columns.stop
 
-    def require_positions(self, positions: np.ndarray) -> None:
-        """Raise ValueError where connections are at positions that this layer does not have."""
-        if (positions < 0).any() or (positions >= self.inputs * self.outputs).any():
-            raise ValueError(f"its connections do not fit a layer of {self.inputs} x {self.outputs}")
-
     def mask(self, topology: np.ndarray) -> np.ndarray:
         """Return a topology as a dense mask [inputs, outputs]."""
         mask = np.zeros(self.inputs * self.outputs, dtype=np.float32)
@@ -840,8 +823,9 @@ class SparseNetwork:
         ends = state["extra_ends"][:-1]
         extras = list(zip(*(np.split(state[f"extra_{name}"], ends) for name in ("topology", "weight")), strict=True))
         for block, (extra_positions, _) in zip(self.blocks, extras, strict=True):
-            block.require_positions(extra_positions)
-            block.require_positions(state["topology"][block.connections])
+            positions = np.concatenate([extra_positions, state["topology"][block.connections]])
+            if (positions < 0).any() or (positions >= block.inputs * block.outputs).any():
+                raise ValueError(f"its connections do not fit a layer of {block.inputs} x {block.outputs}")
             if (np.diff(state["topology"][block.connections]) <= 0).any():
                 raise ValueError("its connections are out of order")
         connections = len(self.arrays.input_index)
@@ -906,6 +890,27 @@ def policy(actor: Arrays, target: bool, values: np.ndarray, batch: int) -> np.nd
 
 
 @njit(**COMPILED)
+def square_errors(output, next_values, rows, picks, reward, gamma):
+    """Return the mean square of a critic's temporal-difference errors, and its mean value.
+
+    Its values, ``output`` [padded batch], are replaced by their gradient; ``next_values`` [networks, batch] are all
+    target critics', and the reward is in the column ``reward``.
+    """
+    size, loss, mean_value = len(picks), 0.0, 0.0
+    output[size:] = 0
+    for b in range(size):
+        smallest = next_values[0, b]
+        for other in range(1, len(next_values)):
+            smallest = min(smallest, next_values[other, b])
+        row = rows[picks[b]]
+        error = output[b] - (row[reward] + gamma * (1 - row[-1]) * smallest)
+        loss += error * error / size
+        mean_value += output[b] / size
+        output[b] = 2 * error / size
+    return loss, mean_value
+
+
+@njit(**COMPILED)
 def update_critics(actor, critics, actor_values, values, rows, picks, noise, settings, steps):
     """Fit all critics to the smallest of the target critics' values (clipped double Q-learning).
 
@@ -932,20 +937,11 @@ def update_critics(actor, critics, actor_values, values, rows, picks, noise, set
         next_values[n] = units(values, first_output(critics, n), 1, size)[0, :size]
 
     gather(values, 0, rows, picks, 0, reward)
-    losses, mean_values = np.zeros(networks), np.zeros(networks)
+    losses, mean_values = np.empty(networks), np.empty(networks)
     for n in prange(networks):
         forward(critics, n, False, values, size)
         output = units(values, first_output(critics, n), 1, size)[0]
-        output[size:] = 0
-        for b in range(size):
-            smallest = next_values[0, b]
-            for other in range(1, networks):
-                smallest = min(smallest, next_values[other, b])
-            row = rows[picks[b]]
-            error = output[b] - (row[reward] + settings.gamma * (1 - row[following + observations]) * smallest)
-            losses[n] += error * error / size
-            mean_values[n] += output[b] / size
-            output[b] = 2 * error / size
+        losses[n], mean_values[n] = square_errors(output, next_values, rows, picks, reward, settings.gamma)
         backward(critics, n, values, size, 0, critics.gradient)
     adam_step(critics, steps, settings.learning_rate, settings.weight_decay)
     return losses.sum(), mean_values.mean()
@@ -991,8 +987,8 @@ def update_actor(actor, critics, actor_values, values, rows, picks, settings, st
 
 
 @njit(**COMPILED)
-def act(actor: Arrays, observation: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """Return the deterministic action [actions] for one observation [observations]."""
+def outputs_for_one(actor: Arrays, observation: np.ndarray) -> np.ndarray:
+    """Return an actor's outputs [outputs] for one observation [observations]."""
     biases = actor.parameters[len(actor.input_index) :]
     x, row, segment = observation, 0, 0
     for layer in range(len(actor.bands)):
@@ -1011,23 +1007,34 @@ def act(actor: Arrays, observation: np.ndarray, low: np.ndarray, high: np.ndarra
                     segment += 1
         row += len(y)
         # 0 * y, not 0: its type is that of y, and where y is not a number it is none either.
-        x = np.maximum(y, 0 * y) if layer < len(actor.bands) - 1 else np.tanh(y)
+        x = np.maximum(y, 0 * y) if layer < len(actor.bands) - 1 else y
+    return x
+
+
+@njit(**COMPILED)
+def act(actor: Arrays, observation: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Return the deterministic action [actions] for one observation [observations]."""
+    x = np.tanh(outputs_for_one(actor, observation))
     return (x * (high - low) / 2 + (high + low) / 2).astype(x.dtype)
 
 
 class SparseTD3(TD3):
     """TD3 on sparse networks, on one CPU. The first one after an installation compiles the kernels."""
 
+    CRITIC_UPDATES = (update_critics, update_critics_in_threads)  # by one thread, and by several
+
     def __init__(self, actor: list[Layer], critics: list[Layer], bounds: tuple, args: Arguments):
         self.dtype = actor[0].weight.dtype.type
         super().__init__(SparseNetwork, actor, critics, tuple(np.array(bound, self.dtype) for bound in bounds), args)
         constants = map(self.dtype, (args.gamma, args.policy_noise, args.noise_clip))
         self.settings = Settings(*self.bounds, *constants, args.learning_rate, self.dtype(args.weight_decay))
-        self.batch_size = None
+        self.batch_size, self._critic_update = None, self.CRITIC_UPDATES[args.threads > 1]
         threadpool_limits(1, "blas")  # a second thread takes a critic of its own
         if args.threads > 1:  # starting numba's threads would give torch as many, against its own setting
             numba.set_num_threads(min(args.threads, numba.config.NUMBA_NUM_THREADS))
-        self._compile()
+        with event.install_listener("numba:compile", CompilationNotice()):
+            for function, arguments in self._calls():
+                function.compile(tuple(map(numba.typeof, arguments)))
 
     def act(self, observation: np.ndarray) -> np.ndarray:
         """Return the deterministic action [actions] for one observation [observations]."""
@@ -1043,10 +1050,6 @@ class SparseTD3(TD3):
         loss, value = self._critic_update(*self._spaces(batch), noise, self.settings, int(self.critics.steps))
         self.losses |= {"critic_loss": loss, "value": value}
 
-    @property
-    def _critic_update(self):
-        return update_critics if self.args.threads == 1 else update_critics_in_threads
-
     def update_actor(self, batch: tuple[np.ndarray, np.ndarray]) -> None:
         """Move the actor towards actions that the first critic values more (deterministic policy gradient)."""
         self.actor.steps += 1
@@ -1061,19 +1064,14 @@ class SparseTD3(TD3):
             self.activations = tuple(activations(network.arrays, batch_size) for network in (self.actor, self.critics))
         return self.actor.arrays, self.critics.arrays, *self.activations, *batch
 
-    def _compile(self) -> None:
-        """Compile what has not been compiled on this machine before, and say so."""
+    def _calls(self) -> Iterator[tuple[Callable, tuple]]:
+        """Yield the functions that the agent calls, with arguments of the types that they take."""
         observations, actions = int(self.actor.arrays.sizes[0]), len(self.settings.low)
         batch = np.zeros((1, 2 * observations + actions + 2), self.dtype), np.zeros(1, np.int64)
-        noise = np.zeros((1, actions), self.dtype)
-        with event.install_listener("numba:compile", CompilationNotice()):
-            for function, arguments in (
-                (act, (self.actor.arrays, batch[0][0, :observations], *self.bounds)),
-                (self._critic_update, (*self._spaces(batch), noise, self.settings, 1)),
-                (update_actor, (*self._spaces(batch), self.settings, 1)),
-                (soft_update, self.actor.soft_update_arguments()),
-            ):
-                function.compile(tuple(map(numba.typeof, arguments)))
+        yield act, (self.actor.arrays, batch[0][0, :observations], *self.bounds)
+        yield self._critic_update, (*self._spaces(batch), np.zeros((1, actions), self.dtype), self.settings, 1)
+        yield update_actor, (*self._spaces(batch), self.settings, 1)
+        yield soft_update, self.actor.soft_update_arguments()
 
 
 def activations(network: Arrays, batch_size: int) -> np.ndarray:
@@ -1090,8 +1088,7 @@ def activations(network: Arrays, batch_size: int) -> np.ndarray:
 class CompilationNotice(event.Listener):
     """Says on stderr, once, that the kernels are being compiled."""
 
-    def __init__(self):
-        self.given = False
+    given = False
 
     def on_start(self, event) -> None:
         """Say so at the first kernel that no earlier run has left compiled."""

@@ -35,6 +35,7 @@ from numba.extending import intrinsic
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import dst_sac  # noqa: E402
 import dst_td3  # noqa: E402
 import sparse_engine  # noqa: E402
 
@@ -62,7 +63,7 @@ class Options:
     core: int | None = None
     """the core to run on, else the last one this process may use"""
     only: tuple[str, ...] = ()
-    """parts to run: updates, end_to_end, step, inference, memory, kernels, threads; all where none is given"""
+    """parts to run: updates, end_to_end, sac, step, inference, memory, kernels, threads; all where none is given"""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -219,10 +220,17 @@ def end_to_end(options: Options) -> str:
         "td3, compiled": ("--method", "td3", "--engine", "sparse"),
         **{f"ds-td3, sparsity {s}": ("--sparsity", str(s), "--engine", "sparse") for s in (0.5, 0.8, 0.9, 0.95)},
     }
+    table = train_in_turn(options, "td3", ours)
+    table.round(3).to_csv(options.results_dir / "end_to_end.csv", index=False)
+    return "## Steps a second of training on HalfCheetah-v4, without evaluations\n\n" + markdown(table)
+
+
+def train_in_turn(options: Options, algorithm: str, ours: dict[str, tuple[str, ...]]) -> pd.DataFrame:
+    """Tabulate the steps a second of all libraries' ``algorithm`` and of ours, with the arguments given by name."""
     with ExitStack() as running:
-        steppers = {name: start_training(options.peers, [name], running) for name in PEERS if options.peers}
+        steppers = {name: start_training(options.peers, [name, algorithm], running) for name in PEERS if options.peers}
         for name, arguments in ours.items():
-            steppers[name] = start_training(Path(sys.executable), ["dst_td3", *arguments], running)
+            steppers[name] = start_training(Path(sys.executable), [f"dst_{algorithm}", *arguments], running)
         speeds = in_turn({name: step for name, step in steppers.items() if step}, options.repeats)
     rows = []
     for name in speeds:
@@ -231,9 +239,34 @@ def end_to_end(options: Options) -> str:
         for library in filter(speeds.__contains__, PEERS):
             row[f"speedup_over_{library}"] = (speeds[name] / speeds[library]).median()
         rows.append(row)
-    table = pd.DataFrame(rows)
-    table.round(3).to_csv(options.results_dir / "end_to_end.csv", index=False)
-    return "## Steps a second of training on HalfCheetah-v4, without evaluations\n\n" + markdown(table)
+    return pd.DataFrame(rows)
+
+
+def sac(options: Options) -> str:
+    """Time of SAC's update and steps a second of its training: dense, masked and sparse, with the paper's settings."""
+    papers, sparsities = ("--er-lambda", "12", "80"), (0.5, 0.9)
+    ours = {
+        "sac (torch)": ("--method", "sac", "--engine", "masked"),
+        "sac, compiled": ("--method", "sac", "--engine", "sparse"),
+        "ds-sac, masks (torch), the paper's lambda": (*papers, "--engine", "masked"),
+        "ds-sac, the paper's lambda": (*papers, "--engine", "sparse"),
+        **{f"ds-sac, sparsity {s}": ("--sparsity", str(s), "--engine", "sparse") for s in sparsities},
+    }
+    blocks = {}
+    for name, arguments in ours.items():
+        settings = [*arguments, "--device", "cpu", "--buffer-size", "1000"]
+        args = dst_td3.resolve(tyro.cli(dst_sac.SACArguments, args=settings))
+        agent = dst_td3.Run(args, dst_td3.RunDirectory(args)).agent
+        blocks[name] = functools.partial(Learner(agent).update, 100 if "torch" in name else STEPS)
+    times = in_turn(blocks, options.repeats)
+    medians = {"implementation": times.columns, "microseconds": times.median().to_numpy()}
+    faster = times.iloc[:, [0]].to_numpy() / times
+    costs = pd.DataFrame(medians | {"speedup_over_dense": faster.median().to_numpy()})
+    costs.round(3).to_csv(options.results_dir / "sac_updates.csv", index=False)
+    table = train_in_turn(options, "sac", ours)
+    table.round(3).to_csv(options.results_dir / "sac_end_to_end.csv", index=False)
+    title = "## SAC, batch 256: time of an update, steps a second of training on HalfCheetah-v4 without evaluations"
+    return f"{title}\n\n{markdown(costs)}\n\n{markdown(table)}"
 
 
 def start_training(python: Path, arguments: list[str], running: ExitStack) -> Callable[[], float] | None:
@@ -559,7 +592,7 @@ def machine() -> str:
     return f"{model}, {' '.join(vector)}; {', '.join(caches)}; {os.cpu_count()} cores; {versions}"
 
 
-PARTS = {part.__name__: part for part in (updates, end_to_end, step, inference, memory, kernels, threads)}
+PARTS = {part.__name__: part for part in (updates, end_to_end, sac, step, inference, memory, kernels, threads)}
 ALLOWED = os.sched_getaffinity(0)
 
 

@@ -1,11 +1,12 @@
-"""Steps a library's TD3 on demand: for each number of steps read from standard input, prints the seconds they took.
+"""Steps a library's TD3 or SAC on demand: for each number of steps read from standard input, prints their seconds.
 
-usage: peer.py rltools|stable-baselines3|sbx, in the environment of requirements-peers.txt
-       peer.py dst_td3 [ARGUMENT ...], in that of dst_td3.py, with arguments of it
+usage: peer.py rltools|stable-baselines3|sbx td3|sac, in the environment of requirements-peers.txt
+       peer.py dst_td3|dst_sac [ARGUMENT ...], in that of dst_td3.py, with arguments of the program
 
 The seconds of the warm-up come first, unasked. All libraries train in one thread, on Gymnasium's HalfCheetah-v4, with
 the paper's settings and without evaluations. RLtools' Python interface does not let us set all of them: it has no
-weight decay, and its updates begin at step 100, within the warm-up. Neither makes its later steps slower.
+weight decay, and its updates begin at step 100, within the warm-up. SBX's SAC moves its targets at every step, not to
+the critics at every 1,000th. None of this makes their later steps much slower.
 """
 
 import os
@@ -48,14 +49,41 @@ def make_environment() -> gymnasium.Env:
     return env
 
 
-def train_rltools(another: Callable[[], bool]) -> None:
-    """Train RLtools' TD3, which is compiled first where this machine has not done so yet (about a minute)."""
+RLTOOLS = {
+    "td3": {
+        "ACTOR_BATCH_SIZE": 100,
+        "CRITIC_BATCH_SIZE": 100,
+        "ACTOR_TRAINING_INTERVAL": 2,
+        "CRITIC_TARGET_UPDATE_INTERVAL": 2,
+        "ACTOR_TARGET_UPDATE_INTERVAL": 2,
+        "ACTOR_POLYAK": 1 - 0.005,
+        "CRITIC_POLYAK": 1 - 0.005,
+        "TARGET_NEXT_ACTION_NOISE_STD": 0.2,
+        "TARGET_NEXT_ACTION_NOISE_CLIP": 0.5,
+        "EXPLORATION_NOISE": 0.1,
+        "OPTIMIZER_ALPHA": 1e-3,
+    },
+    "sac": {
+        "ACTOR_BATCH_SIZE": 256,
+        "CRITIC_BATCH_SIZE": 256,
+        "ACTOR_TRAINING_INTERVAL": 1,
+        "CRITIC_TARGET_UPDATE_INTERVAL": 1000,
+        "CRITIC_POLYAK": 0.0,
+        "ALPHA": 0.2,
+        "ADAPTIVE_ALPHA": False,
+        "OPTIMIZER_ALPHA": 3e-4,
+    },
+}
+
+
+def train_rltools(another: Callable[[], bool], algorithm: str) -> None:
+    """Train RLtools' agent, which is compiled first where this machine has not done so yet (about a minute)."""
     for package in ("mkl", "mkl-include"):
         version(package)  # fails where it is missing; RLtools would go on with another BLAS, or with none
     os.environ["MKL_NUM_THREADS"] = "1"
-    from rltools import TD3
+    import rltools
 
-    module = TD3(
+    module = getattr(rltools, algorithm.upper())(
         make_environment,
         interface_name="benchmark",
         enable_evaluation=False,
@@ -66,21 +94,11 @@ def train_rltools(another: Callable[[], bool]) -> None:
         CRITIC_HIDDEN_DIM=256,
         ACTOR_NUM_LAYERS=3,
         CRITIC_NUM_LAYERS=3,
-        ACTOR_BATCH_SIZE=100,
-        CRITIC_BATCH_SIZE=100,
         CRITIC_TRAINING_INTERVAL=1,
-        ACTOR_TRAINING_INTERVAL=2,
-        CRITIC_TARGET_UPDATE_INTERVAL=2,
-        ACTOR_TARGET_UPDATE_INTERVAL=2,
-        ACTOR_POLYAK=1 - 0.005,
-        CRITIC_POLYAK=1 - 0.005,
         GAMMA=0.99,
-        TARGET_NEXT_ACTION_NOISE_STD=0.2,
-        TARGET_NEXT_ACTION_NOISE_CLIP=0.5,
-        EXPLORATION_NOISE=0.1,
-        OPTIMIZER_ALPHA=1e-3,
         OPTIMIZER_EPSILON=1e-8,
         OPTIMIZER_EPSILON_SQRT=0.0,
+        **RLTOOLS[algorithm],
     )
     state = module.State(0)
     state.step()
@@ -88,8 +106,8 @@ def train_rltools(another: Callable[[], bool]) -> None:
         state.step()
 
 
-def train_stable_baselines(another: Callable[[], bool], library: str) -> None:
-    """Train the TD3 of Stable-Baselines3 or of SBX, which take the same arguments."""
+def train_stable_baselines(another: Callable[[], bool], library: str, algorithm: str) -> None:
+    """Train an agent of Stable-Baselines3 or of SBX, which take the same arguments."""
     import numpy as np
     import torch
     from stable_baselines3.common.noise import NormalActionNoise
@@ -97,50 +115,53 @@ def train_stable_baselines(another: Callable[[], bool], library: str) -> None:
     torch.set_num_threads(1)
     if library == "sbx":
         import optax
-        from sbx import TD3
+        import sbx as module
 
         def adam(learning_rate: float) -> optax.GradientTransformation:
             return optax.chain(optax.add_decayed_weights(2e-4), optax.adam(learning_rate))
 
         optimizer = {"optimizer_class": adam}
     else:
-        from stable_baselines3 import TD3
+        import stable_baselines3 as module
 
         optimizer = {"optimizer_kwargs": {"weight_decay": 2e-4}}
     env = make_environment()
     actions = env.action_space.shape[0]
-    model = TD3(
+    if algorithm == "td3":
+        settings = {"learning_rate": 1e-3, "batch_size": 100, "tau": 0.005, "policy_delay": 2}
+        settings |= {"target_policy_noise": 0.2, "target_noise_clip": 0.5}
+        settings["action_noise"] = NormalActionNoise(np.zeros(actions), 0.1 * np.ones(actions))
+    else:
+        settings = {"learning_rate": 3e-4, "batch_size": 256, "ent_coef": 0.2}
+        settings |= {"tau": 0.005} if library == "sbx" else {"tau": 1.0, "target_update_interval": 1000}
+    model = getattr(module, algorithm.upper())(
         "MlpPolicy",
         env,
-        learning_rate=1e-3,
         learning_starts=LEARNING_STARTS,
-        batch_size=100,
-        tau=0.005,
         gamma=0.99,
         train_freq=(1, "step"),
         gradient_steps=1,
-        policy_delay=2,
-        target_policy_noise=0.2,
-        target_noise_clip=0.5,
-        action_noise=NormalActionNoise(np.zeros(actions), 0.1 * np.ones(actions)),
         policy_kwargs={"net_arch": [256, 256], **optimizer},
         seed=0,
+        **settings,
     )
     model.learn(1_000_000_000, callback=lambda *_: another())
 
 
-def train_ours(another: Callable[[], bool], arguments: list[str]) -> None:
-    """Train as ``dst_td3.py`` does with these arguments, but write nothing."""
+def train_ours(another: Callable[[], bool], program: str, arguments: list[str]) -> None:
+    """Train as ``dst_td3.py`` or ``dst_sac.py`` does with these arguments, but write nothing."""
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     import torch
     import tyro
 
+    import dst_sac
     import dst_td3
 
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     arguments = [*arguments, "--device", "cpu", "--learning-starts", str(LEARNING_STARTS)]
-    args = dst_td3.resolve(tyro.cli(dst_td3.Arguments, args=arguments))
+    algorithm = dst_sac.SACArguments if program == "dst_sac" else dst_td3.Arguments
+    args = dst_td3.resolve(tyro.cli(algorithm, args=arguments))
     run = dst_td3.Run(args, dst_td3.RunDirectory(args))
     run.advance()
     while another():
@@ -151,12 +172,13 @@ def main() -> None:
     """Train the library named on the command line for as long as more steps are asked for."""
     warnings.filterwarnings("ignore")
     another = StepsOnDemand()
-    if sys.argv[1] == "dst_td3":
-        train_ours(another, sys.argv[2:])
-    elif sys.argv[1] == "rltools":
-        train_rltools(another)
+    library, *arguments = sys.argv[1:]
+    if library in ("dst_td3", "dst_sac"):
+        train_ours(another, library, arguments)
+    elif library == "rltools":
+        train_rltools(another, *arguments)
     else:
-        train_stable_baselines(another, sys.argv[1])
+        train_stable_baselines(another, library, *arguments)
 
 
 main()

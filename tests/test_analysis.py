@@ -1,6 +1,7 @@
 """analysis.ipynb on empty, partial and whole results, its tables recomputed here from the files alone."""
 
 import csv
+import itertools
 import json
 import math
 import os
@@ -18,6 +19,8 @@ import dst_td3
 NOTEBOOK = Path(dst_td3.__file__).parent / "analysis.ipynb"
 ENVIRONMENTS = ("HalfCheetah-v4", "Walker2d-v4", "Hopper-v4", "Ant-v4", "Humanoid-v4")
 METHODS = {"td3": "TD3", "static-td3": "Static-TD3", "ds-td3": "DS-TD3"}
+SAC_METHODS = {"sac": "SAC", "ds-sac": "DS-SAC"}
+APPENDIX = ("appendix_lca", "appendix_return")
 CURVE = [3000 * (1 - math.exp(-index / 60)) for index in range(201)]  # of a million steps
 
 
@@ -132,7 +135,8 @@ def whole(tmp_path_factory):
     """Write the paper's whole grid by hand and execute the notebook on it; return the tables and the returns."""
     results, rng, written = tmp_path_factory.mktemp("whole"), random.Random(0), {}
     for env in ENVIRONMENTS:
-        for method, final, speed in (("td3", 3000, 3), ("static-td3", 2500, 3), ("ds-td3", 4000, 5)):
+        curves = ("td3", 3000, 3), ("static-td3", 2500, 3), ("ds-td3", 4000, 5), ("sac", 3500, 3), ("ds-sac", 4500, 4)
+        for method, final, speed in curves:
             for seed in range(5):
                 written[env, method, seed] = learning(rng, final * (0.9 + 0.05 * seed), speed)
                 write_run(results, env, method, seed, written[env, method, seed])
@@ -161,15 +165,15 @@ def pair(values: list[float], digits: int) -> str:
 
 def test_tables_hold_what_the_runs_say(whole):
     tables, written = whole
-    for env in ENVIRONMENTS:
-        for method, name in METHODS.items():
-            seeds = [written[env, method, seed] for seed in range(5)]
-            lca = row_of(tables["table1_lca"], environment=env, method=name)
-            assert lca["ours"] == pair([sum(returns) / 1e6 for returns in seeds], 4)
-            final = row_of(tables["table2_return"], environment=env, method=name)
-            assert final["ours"] == pair([statistics.mean(returns[-10:]) for returns in seeds], 1)
-            for row in (lca, final):
-                assert (row["seeds"], row["steps"], row["remark"]) == ("5", "1,000,000", "")
+    for env, (method, name) in itertools.product(ENVIRONMENTS, (METHODS | SAC_METHODS).items()):
+        lca_table, return_table = ("table1_lca", "table2_return") if method in METHODS else APPENDIX
+        seeds = [written[env, method, seed] for seed in range(5)]
+        lca = row_of(tables[lca_table], environment=env, method=name)
+        assert lca["ours"] == pair([sum(returns) / 1e6 for returns in seeds], 4)
+        final = row_of(tables[return_table], environment=env, method=name)
+        assert final["ours"] == pair([statistics.mean(returns[-10:]) for returns in seeds], 1)
+        for row in (lca, final):
+            assert (row["seeds"], row["steps"], row["remark"]) == ("5", "1,000,000", "")
 
 
 def test_tables_hold_the_papers_numbers_and_mark_what_is_only_the_papers(whole):
@@ -183,6 +187,13 @@ def test_tables_hold_the_papers_numbers_and_mark_what_is_only_the_papers(whole):
     ):
         assert row_of(tables["table1_lca"], environment=env, method=method)["paper"] == lca
         assert row_of(tables["table2_return"], environment=env, method=method)["paper"] == final
+    for env, method, lca, final in (
+        ("HalfCheetah-v4", "DS-SAC", "1.7081", "11,084.4 ± 445.1"),
+        ("Hopper-v4", "SAC", "0.4441", "3,100.4 ± 374.4"),
+        ("Humanoid-v4", "DS-SAC", "0.6777", "5,584.6 ± 109.4"),
+    ):
+        assert row_of(tables["appendix_lca"], environment=env, method=method)["paper"] == lca
+        assert row_of(tables["appendix_return"], environment=env, method=method)["paper"] == final
     for table in ("table1_lca", "table2_return"):
         sac = [row for row in tables[table] if row["method"] == "SAC"]
         assert len(sac) == 5
@@ -239,7 +250,7 @@ def test_aggregates_over_environments(whole):
 
 def test_whole_results_leave_no_remark(whole):
     coverage = whole[0]["coverage"]
-    assert len(coverage) == 15 + 3 + 3 + 4
+    assert len(coverage) == 15 + 3 + 3 + 4 + 10
     assert {(row["seeds"], row["steps"], row["remark"]) for row in coverage} == {("5", "1,000,000", "")}
     assert "unfinished" not in whole[0]
 
@@ -268,7 +279,8 @@ def test_nothing_at_all(tmp_path):
     tables = execute(tmp_path / "none")
     assert {row["remark"] for row in tables["coverage"]} == {"**missing**"}
     ours = [row for row in tables["table2_return"] if row["method"] != "SAC"]
-    assert len(ours) == 15 and all(row["ours"] == "-" and row["remark"] == "**missing**" for row in ours)
+    ours += tables["appendix_lca"] + tables["appendix_return"]
+    assert len(ours) == 15 + 20 and all(row["ours"] == "-" and row["remark"] == "**missing**" for row in ours)
     assert tables["aggregate"] == tables["steps_to_dense"] == tables["compute"] == tables["provenance"] == []
 
 

@@ -14,11 +14,16 @@ from pathlib import Path
 import pytest
 from conftest import FIGURES
 
+import dst_sac
 import dst_td3
 
 REPOSITORY = Path(dst_td3.__file__).parent
 SCRIPT = REPOSITORY / "run_all.sh"
-TABLES = ("coverage", "table1_lca", "table2_return", "compute", "steps_to_dense", "aggregate", "provenance")
+TABLES = (
+    *("coverage", "table1_lca", "table2_return", "compute", "steps_to_dense", "aggregate", "provenance"),
+    *("appendix_lca", "appendix_return"),
+)
+PROGRAMS = {"dst_td3.py": dst_td3.Arguments, "dst_sac.py": dst_sac.SACArguments}
 
 
 def environment(*folders: Path) -> dict[str, str]:
@@ -40,10 +45,10 @@ def run_all(*arguments: object, **options) -> tuple[int, str, str]:
 
 
 def parsed(command: str) -> dst_td3.Arguments:
-    """Return the arguments of a command of the list as dst_td3.py resolves them, which also checks every option."""
+    """Return the arguments of a command of the list as its program resolves them, which also checks every option."""
     python, program, *words = command.split()
-    assert (python, program) == ("python", "dst_td3.py")
-    return dst_td3.resolve(dst_td3.tyro.cli(dst_td3.Arguments, args=words))
+    assert python == "python"
+    return dst_td3.resolve(dst_td3.tyro.cli(PROGRAMS[program], args=words))
 
 
 def commands(*options: object) -> list[dst_td3.Arguments]:
@@ -82,6 +87,7 @@ def test_list_covers_the_papers_grid_once():
     expected |= {(cheetah, "ds-td3", f"_sparsity={s}") for s in (0.25, 0.5, 0.8)}
     for method in ("td3", "ds-td3"):
         expected |= {(cheetah, method, f"_initial-policy=policy-{step}") for step in (500_000, 700_000)}
+    expected |= {(env, method, "") for env in papers for method in ("ds-sac", "sac")}
     found = [(a.env, a.method, dst_td3.variant(a).removeprefix(a.method), a.seed) for a in listed]
     assert sorted(found) == sorted((*setting, seed) for setting in expected for seed in range(5))
     assert all(a.total_timesteps == 1_000_000 and a.threads == 1 for a in listed)
@@ -103,10 +109,13 @@ def test_list_covers_the_papers_grid_once():
         (["fig2"], 5),
         (["fig3"], 4),
         (["fig4"], 6),
-        (["Hopper-v4"], 3),
+        (["appendix"], 10),
+        (["Hopper-v4"], 5),
         (["static-td3"], 5),
         (["fig1", "Hopper-v4"], 3),
         (["fig4", "td3"], 3),
+        (["appendix", "Ant-v4"], 2),
+        (["sac"], 5),
     ],
 )
 def test_only_narrows_to_what_a_figure_needs(only, count):
@@ -130,14 +139,14 @@ def test_quick_results_stay_apart():
 
 def test_list_estimates_the_time_from_finished_runs(tmp_path):
     _, _, unknown = run_all("--list", "--results-dir", tmp_path)
-    assert "125 runs of 1000000 steps, 125 of them not finished" in unknown and "unknown" in unknown
+    assert "175 runs of 1000000 steps, 175 of them not finished" in unknown and "unknown" in unknown
     run = tmp_path / "Hopper-v4" / "td3" / "seed0"
     run.mkdir(parents=True)
     summary = {"steps": 1_000_000, "training_seconds": 3000.0, "evaluation_seconds": 600.0}
     (run / "summary.json").write_text(json.dumps(summary, indent=2))
     _, _, estimate = run_all("--list", "--results-dir", tmp_path)
-    assert "124 of them not finished" in estimate
-    assert "about 125.0 core-hours for all, 124.0 for the missing ones (278 steps/s" in estimate
+    assert "174 of them not finished" in estimate
+    assert "about 175.0 core-hours for all, 174.0 for the missing ones (278 steps/s" in estimate
 
 
 def test_list_knows_where_each_run_is(tmp_path):
@@ -145,9 +154,9 @@ def test_list_knows_where_each_run_is(tmp_path):
     for args in commands(*options):
         directory(args).mkdir(parents=True)
         (directory(args) / "summary.json").write_text("{}")
-    assert "25 runs of 1000000 steps, 0 of them not finished" in run_all(*options)[2]
+    assert "35 runs of 1000000 steps, 0 of them not finished" in run_all(*options)[2]
     # A run of another length has a directory of its own.
-    assert "25 runs of 300000 steps, 25 of them not finished" in run_all(*options, "--steps", 300_000)[2]
+    assert "35 runs of 300000 steps, 35 of them not finished" in run_all(*options, "--steps", 300_000)[2]
 
 
 def test_list_comes_even_where_a_run_is_damaged(tmp_path):
@@ -167,7 +176,8 @@ def test_a_row_takes_any_options(tmp_path):
     )
     script, edited = SCRIPT.read_text(), tmp_path / "run_all.sh"
     edited.write_text(re.sub("(?s)(?<=grid='\n).*?(?=')", "\n".join(rows), script))
-    (tmp_path / "dst_td3.py").symlink_to(dst_td3.__file__)
+    for program in PROGRAMS:
+        (tmp_path / program).symlink_to(REPOSITORY / program)
     said = subprocess.run(["bash", edited, "--list", "--seeds", "1"], env=environment(), capture_output=True, text=True)
     first, other, last = (parsed(line) for line in said.stdout.splitlines())
     assert (first.sparsity, first.hidden, first.snapshot_at) == (0.8, (32, 32), (500_000, 700_000))
@@ -197,7 +207,7 @@ def test_list_names_what_the_environment_lacks(tmp_path):
         (["--jobs"], "--jobs needs a value"),
         (["--results-dir", "my results"], "--results-dir must be a path without spaces"),
         (["--results-dir", "/proc/nowhere"], "cannot write to /proc/nowhere"),
-        (["--line", "126"], "--line must be at most 125"),
+        (["--line", "176"], "--line must be at most 175"),
         (["--fast"], "there is no option --fast"),
         (["fig1"], "there is no option fig1"),
     ],

@@ -1,0 +1,217 @@
+"""Dynamic sparse training in SAC (DS-SAC): the paper's appendix, which puts its four pieces into another agent.
+
+What is here is SAC alone (Haarnoja et al., "Soft Actor-Critic", arXiv 1801.01290, and "Soft Actor-Critic Algorithms and
+Applications", arXiv 1812.05905): its arguments, its stochastic actor and its losses. Topology, networks, replay buffer,
+run and command line are imported. ``sparse_sac.py`` computes the same update on connections alone.
+"""
+
+import dataclasses
+import importlib.util
+import math
+import sys
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from numpy.random import Generator
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from dst_td3 import TD3, Arguments, Batch, InputError, Layer, MaskedTD3, ReplayBuffer, adaptation_due, forward, main
+
+LOG_STD_MIN, LOG_STD_MAX = -20.0, 2.0  # bounds of the Gaussian's logarithmic deviation, as SAC's authors have them
+
+
+# --- Arguments --------------------------------------------------------------------------------------------------------
+@dataclasses.dataclass(frozen=True)
+class SACArguments(Arguments):
+    """Train a SAC agent that is sparse from the first step to the last (DS-SAC). Defaults are the paper's settings.
+
+    Where its Appendix A is silent (weight decay, discount, random actions at the start, buffer), they are its TD3's.
+    """
+
+    method: Literal["ds-sac", "static-sac", "sac"] = "ds-sac"
+    """ds-sac adapts its sparse topology, static-sac keeps the first one, sac is dense"""
+    drop_fraction: float = 0.1  # eta of the paper: fraction of a layer's connections that an adaptation replaces
+    batch_size: int = 256  # transitions in a batch
+    learning_rate: float = 3e-4  # Adam's learning rate: actor, critics, and the temperature where it is learned
+    temperature: float = 0.2  # alpha of SAC, the weight of the entropy; where it is learned, the first one
+    learn_temperature: bool = False  # learn the temperature, so that the entropy tends to minus the number of actions
+    target_interval: int = 1000  # updates between two copies of the critics into their targets
+
+    # What TD3 is asked and SAC is not; a constant of the class is no argument. SAC's policy explores by itself, its
+    # actor learns at every step, its targets are copies, and a policy's file, to begin with, would hold the mean alone.
+    exploration_noise: ClassVar = 0.0
+    policy_noise: ClassVar = 0.0
+    noise_clip: ClassVar = 0.0
+    policy_frequency: ClassVar = 1
+    tau: ClassVar = 1.0
+    initial_policy: ClassVar = None
+
+    OUTPUTS_PER_ACTION: ClassVar = 2  # mean and logarithmic deviation
+    # For Ant-v4 as in TD3: the paper's 30 would be more than a full layer, 9.5 keeps its density on Ant-v3 (0.39).
+    PAPER_LAMBDA: ClassVar = {
+        "HalfCheetah-v4": (12.0, 80.0),
+        "Hopper-v4": (7.0, 20.0),
+        "Walker2d-v4": (12.0, 80.0),
+        "Ant-v4": (9.5, 64.0),
+        "Humanoid-v4": (61.0, 64.0),
+    }
+
+    @property
+    def sparse_engine_fits(self) -> bool:
+        """Whether the sparse engine and its SAC are there and can train this agent."""
+        return super().sparse_engine_fits and importlib.util.find_spec("sparse_sac") is not None
+
+    def agent_class(self) -> type["SAC"]:
+        """Return the class of agent to train. Raises InputError where machine or arguments do not allow it."""
+        if not 0 < self.temperature < math.inf:
+            raise InputError(f"--temperature must be a positive number, not {self.temperature}")
+        if self.target_interval < 1:
+            raise InputError(f"--target-interval must be a positive whole number, not {self.target_interval}")
+        if super().agent_class() is MaskedTD3:
+            return MaskedSAC
+        from sparse_sac import SparseSAC
+
+        return SparseSAC
+
+
+# --- SAC --------------------------------------------------------------------------------------------------------------
+class SAC(TD3):
+    """Soft actor-critic, as far as both engines share it; theirs add ``outputs``, ``update_critics``, ``update_actor``.
+
+    An action is ``tanh(mean + deviation * noise)``, stretched to its bounds. Probabilities are those of the actions
+    before they are stretched, in [-1, 1] as SAC's authors have them, so that a temperature suits any bounds.
+    """
+
+    def __init__(self, network: type, actor: list[Layer], critics: list[Layer], bounds: tuple, args: SACArguments):
+        super().__init__(network, actor, critics, bounds, args)
+        self.actions = len(bounds[0])
+        # The temperature's logarithm, its two moments in Adam, and Adam's number of steps.
+        self.log_temperature = np.array([math.log(args.temperature), 0.0, 0.0, 0.0])
+
+    @property
+    def temperature(self) -> float:
+        """The weight of the entropy, alpha."""
+        return math.exp(self.log_temperature[0])
+
+    def act(self, observation: np.ndarray) -> np.ndarray:
+        """Return the deterministic action [actions], that of the mean, for one observation [observations]."""
+        return self._stretched(self.outputs(observation)[: self.actions])
+
+    def explore(self, observation: np.ndarray, rng: Generator) -> np.ndarray:
+        """Draw an action [actions] from the policy."""
+        mean, log_std = np.split(self.outputs(observation), 2)
+        noise = rng.standard_normal(self.actions, dtype=np.float32)
+        return self._stretched(mean + np.exp(log_std.clip(LOG_STD_MIN, LOG_STD_MAX)) * noise)
+
+    def _stretched(self, unbounded: np.ndarray) -> np.ndarray:
+        low, high = self.bounds
+        return np.tanh(unbounded) * (high - low) / 2 + (high + low) / 2
+
+    def learn(self, buffer: ReplayBuffer, step: int, rng: Generator) -> None:
+        """Do the learning of one environment step: both updates, with adaptations as in Algorithm 1 of the paper."""
+        updates = self.args.updates_per_step
+        for update in range(updates * (step - 1) + 1, updates * step + 1):
+            batch = self.sample(buffer, rng)
+            size = (2, self.args.batch_size, self.actions)
+            next_noise, noise = rng.standard_normal(size, dtype=self.bounds[0].dtype)
+            self.update_critics(batch, next_noise)
+            if adaptation_due(update, 1, self.args):
+                self.critics.adapt(rng)
+            self.update_actor(batch, noise)
+            if adaptation_due(update, 1, self.args):
+                self.actor.adapt(rng)
+            if self.args.learn_temperature:
+                self._update_temperature()
+            if update % self.args.target_interval == 0:
+                # A copy (tau is 1) has the topology of its network too: the target's prune, the paper's fourth piece,
+                # has nothing to do. The actor's target is of no use to SAC; as a copy it keeps no old connection.
+                self.critics.update_target()
+                self.actor.update_target()
+
+    def _update_temperature(self) -> None:
+        """Take one Adam step that raises the temperature where the entropy is below its target, minus the actions."""
+        logarithm, first, second, steps = self.log_temperature
+        decay, square_decay = 0.9, 0.999  # Adam's, as torch has them by default
+        gradient = float(self.losses["entropy"]) + self.actions
+        first += (1 - decay) * (gradient - first)
+        second += (1 - square_decay) * (gradient**2 - second)
+        steps += 1
+        scale = math.sqrt(second / (1 - square_decay**steps)) + 1e-8
+        logarithm -= self.args.learning_rate * first / (1 - decay**steps) / scale
+        self.log_temperature[:] = logarithm, first, second, steps
+        self.losses |= {"temperature": self.temperature}
+
+    def policy_layers(self) -> list[Layer]:
+        """Return copies of the layers whose outputs, through a tanh, are the deterministic actions: the mean's."""
+        *hidden, output = self.actor.layer_arrays()
+        return [*hidden, Layer(*(array[..., : self.actions] for array in output))]
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Return everything that training changes, as numpy arrays by name."""
+        return super().state() | {"log_temperature": self.log_temperature}
+
+    def load_state(self, state: dict[str, np.ndarray]) -> None:
+        """Take over what ``state`` returned. Raises KeyError or ValueError when it belongs to another agent."""
+        super().load_state(state)
+        self.log_temperature[:] = state["log_temperature"]
+
+
+def log_probability(unbounded: Tensor, log_std: Tensor, noise: Tensor) -> Tensor:
+    """Return the logarithmic density [..., 1] of actions ``tanh(unbounded)`` [..., actions] of a squashed Gaussian.
+
+    ``unbounded`` lies ``noise`` deviations from the mean. The Gaussian's density is divided by the slope of the tanh,
+    1 - tanh(x)^2 (arXiv 1801.01290, Appendix C), here 4 * sigmoid(2x) * sigmoid(-2x), which no rounding makes zero.
+    """
+    gaussian = -noise.square() / 2 - log_std - math.log(2 * math.pi) / 2
+    log_slope = math.log(4) + logsigmoid(2 * unbounded) + logsigmoid(-2 * unbounded)
+    return (gaussian - log_slope).sum(dim=-1, keepdim=True)
+
+
+class MaskedSAC(MaskedTD3, SAC):
+    """SAC on masked networks, on any torch device. All that engine and algorithm do not share comes from SAC."""
+
+    act = SAC.act
+
+    @torch.no_grad()
+    def outputs(self, observation: np.ndarray) -> np.ndarray:
+        """Return the means and logarithmic deviations [2 * actions] for one observation [observations]."""
+        x = torch.from_numpy(observation.astype(np.float32)).to(self.args.device)
+        return forward(self.actor.layers, x[None])[0].cpu().numpy()
+
+    def draw(self, observation: Tensor, noise: np.ndarray) -> tuple[Tensor, Tensor]:
+        """Draw actions [batch, actions] by ``noise``, as large; return them and their log-probabilities [batch, 1]."""
+        (noise,) = self._to_device(noise)
+        mean, log_std = forward(self.actor.layers, observation).chunk(2, dim=-1)
+        log_std = log_std.clamp(LOG_STD_MIN, LOG_STD_MAX)
+        unbounded = mean + log_std.exp() * noise
+        action = torch.tanh(unbounded) * (self.high - self.low) / 2 + (self.high + self.low) / 2
+        return action, log_probability(unbounded, log_std, noise)
+
+    def update_critics(self, batch: Batch, noise: np.ndarray) -> None:
+        """Fit both critics to the smaller target value and entropy; ``noise`` [batch, actions] draws next actions."""
+        observation, action, reward, next_observation, terminated = self._to_device(*batch)
+        with torch.no_grad():
+            next_action, next_log_probability = self.draw(next_observation, noise)
+            next_values = forward(self.critics.target, torch.cat([next_observation, next_action], dim=-1))
+            next_value = next_values.amin(dim=-3) - self.temperature * next_log_probability
+            target_value = reward + self.args.gamma * (1 - terminated) * next_value
+        values = forward(self.critics.layers, torch.cat([observation, action], dim=-1))
+        loss = (values - target_value).square().mean(dim=(-2, -1)).sum()
+        self.critics.minimize(loss)
+        self.losses |= {"critic_loss": loss.detach(), "value": values.detach().mean()}
+
+    def update_actor(self, batch: Batch, noise: np.ndarray) -> None:
+        """Move the actor towards actions that the lesser critic values more, and towards entropy."""
+        (observation,) = self._to_device(batch.observation)
+        action, log_probability = self.draw(observation, noise)
+        values = forward(self.critics.layers, torch.cat([observation, action], dim=-1))
+        loss = (self.temperature * log_probability - values.amin(dim=-3)).mean()
+        self.actor.minimize(loss)
+        self.losses |= {"actor_loss": loss.detach(), "entropy": -log_probability.detach().mean()}
+
+
+if __name__ == "__main__":
+    sys.modules["dst_sac"] = sys.modules["__main__"]  # the module that sparse_sac imports is this one
+    sys.exit(main(SACArguments))

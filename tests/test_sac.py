@@ -1,0 +1,513 @@
+"""DS-SAC: SAC as the textbook has it, by either engine, in runs that learn, resume and refuse as TD3's do."""
+
+import copy
+import dataclasses
+import functools
+import json
+import math
+import signal
+from pathlib import Path
+
+import conftest
+import numpy as np
+import pytest
+import torch
+from conftest import SHORT, rows_of, run_directory, start_process
+from hypothesis import HealthCheck, given, settings
+from test_sparse_engine import Case, assert_agree, assert_same_topologies, bytes_of, case, cases, saved
+from test_training import assert_same_bytes, wait_for_step
+from torch.distributions import Normal, TanhTransform, TransformedDistribution
+
+import dst_sac
+import dst_td3
+from dst_sac import MaskedSAC, SACArguments
+from sparse_sac import SparseSAC
+
+DEFAULTS = SACArguments(engine="masked", device="cpu", adapt_interval=8, drop_fraction=0.2, target_interval=5)
+TD3_ONLY = ("policy-noise", "noise-clip", "exploration-noise", "policy-frequency", "tau", "initial-policy")
+
+
+class SACCase(Case):
+    """A pair of SAC agents, whose actors have a mean and a deviation for each action."""
+
+    def agent(self, engine):
+        """Build an agent and the generator of its noise and of where its connections grow."""
+        rng = np.random.default_rng(self.seed)
+        widths, counts = ([*n[:-1], 2 * n[-1]] for n in (self.actor, self.actor_connections))
+        actor = dst_td3.initial_layers(widths, counts, rng)
+        critics = dst_td3.initial_layers(self.critic, self.critic_connections, rng, networks=(2,))
+        typed = [[dst_td3.Layer(*(a.astype(self.dtype) for a in layer)) for layer in net] for net in (actor, critics)]
+        return engine(*typed, self.bounds, self.args), rng
+
+
+def as_sac(this: Case, **changes) -> SACCase:
+    """Return the case for SAC, with the settings of its arguments that SAC has too."""
+    fields = {field.name: getattr(this, field.name) for field in dataclasses.fields(this)}
+    names = ("adapt_interval", "drop_fraction", "updates_per_step", "step_exponent", "weight_decay")
+    own = {name: getattr(this.args, name) for name in names}
+    return SACCase(**fields | {"args": dataclasses.replace(DEFAULTS, **own | changes)})
+
+
+def sac_case(hidden=(24, 20), sparsity=0.6, arguments=None, **rest) -> SACCase:
+    """Return a case of the given widths and sparsity."""
+    return as_sac(case(hidden, sparsity, **rest), **arguments or {})
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Keep torch from competing with itself on networks this small."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def command_line(command_line, monkeypatch):
+    """Return the function that runs a command line here, with SAC's arguments."""
+    monkeypatch.setattr(dst_td3, "main", functools.partial(dst_td3.main, SACArguments))
+    return command_line
+
+
+@pytest.fixture(autouse=True)
+def program(monkeypatch):
+    """Let processes be those of dst_sac.py."""
+    monkeypatch.setattr(conftest, "PROGRAM", Path(dst_sac.__file__))
+
+
+# The update
+
+
+def squashed(mean: torch.Tensor, log_std: torch.Tensor) -> TransformedDistribution:
+    """Return torch's own squashed Gaussian."""
+    return TransformedDistribution(Normal(mean, log_std.exp()), TanhTransform(cache_size=1))
+
+
+def test_the_log_probability_is_that_of_torchs_distributions():
+    rng = np.random.default_rng(0)
+    mean, log_std, noise = (torch.from_numpy(rng.standard_normal((500, 3))) for _ in range(3))
+    unbounded = mean + log_std.exp() * noise
+    expected = squashed(mean, log_std).base_dist.log_prob(unbounded)
+    expected = expected - TanhTransform().log_abs_det_jacobian(unbounded, torch.tanh(unbounded))
+    ours = dst_sac.log_probability(unbounded, log_std, noise)
+    # torch's slope of the tanh is rounded to about 1e-9 where it is nearly zero.
+    torch.testing.assert_close(ours, expected.sum(-1, keepdim=True), rtol=1e-9, atol=1e-8)
+    moderate = unbounded.abs().amax(-1) < 5  # where the inverse of the tanh still tells actions apart
+    whole = squashed(mean, log_std).log_prob(torch.tanh(unbounded)).sum(-1, keepdim=True)
+    assert moderate.sum() > 300
+    torch.testing.assert_close(ours[moderate], whole[moderate], rtol=1e-6, atol=1e-6)
+
+
+def test_the_log_probability_is_a_density_and_stays_finite():
+    """Over all actions of one dimension it sums to 1, and far outside nothing rounds to infinity."""
+    action = torch.linspace(-1, 1, 400_001, dtype=torch.float64)[1:-1, None]
+    unbounded, mean, log_std = torch.atanh(action), 0.3, torch.tensor(-0.5, dtype=torch.float64)
+    density = dst_sac.log_probability(unbounded, log_std, (unbounded - mean) / log_std.exp()).exp()
+    assert float(density.sum() * (action[1] - action[0])) == pytest.approx(1, abs=1e-5)
+    far = torch.tensor([[-300.0], [300.0]])
+    assert torch.isfinite(dst_sac.log_probability(far, torch.zeros(2, 1), torch.zeros(2, 1))).all()
+
+
+def module(layers: list[dst_td3.Layer], index=...) -> torch.nn.Sequential:
+    """Return a network of torch's own modules with the weights of one of ours."""
+    parts = []
+    for layer in layers:
+        weight, bias = (torch.as_tensor(array)[index].detach() for array in (layer.weight, layer.bias))
+        linear = torch.nn.Linear(*weight.shape, dtype=weight.dtype)
+        linear.weight.data, linear.bias.data = weight.T.clone(), bias[0].clone()
+        parts += [linear, torch.nn.ReLU()]
+    return torch.nn.Sequential(*parts[:-1])
+
+
+class Textbook:
+    """SAC written with torch's own modules, distributions and optimizer, from the layers of a pair of networks."""
+
+    def __init__(self, actor: list[dst_td3.Layer], critics: list[dst_td3.Layer], bounds: tuple, args: SACArguments):
+        self.args, (self.low, self.high) = args, map(torch.from_numpy, bounds)
+        self.actor, self.critics = module(actor), [module(critics, i) for i in range(2)]
+        self.targets = copy.deepcopy(self.critics)
+        rates = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
+        self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), **rates)
+        parameters = [p for critic in self.critics for p in critic.parameters()]
+        self.critic_optimizer = torch.optim.Adam(parameters, **rates)
+        self.log_temperature = torch.tensor(math.log(args.temperature), dtype=torch.float64, requires_grad=True)
+        self.temperature_optimizer = torch.optim.Adam([self.log_temperature], lr=args.learning_rate)
+
+    def draw(self, observation: torch.Tensor, noise: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        mean, log_std = self.actor(observation).chunk(2, dim=-1)
+        distribution = squashed(mean, log_std.clamp(-20, 2))
+        gaussian = distribution.base_dist
+        action = distribution.transforms[0](gaussian.mean + gaussian.stddev * torch.from_numpy(noise))
+        stretched = self.low + (action + 1) / 2 * (self.high - self.low)
+        return stretched, distribution.log_prob(action).sum(-1, keepdim=True)
+
+    def critic_loss(self, batch: dst_td3.Batch, noise: np.ndarray) -> torch.Tensor:
+        observation, action, reward, next_observation, terminated = map(torch.from_numpy, batch)
+        with torch.no_grad():
+            next_action, next_log_probability = self.draw(next_observation, noise)
+            pair = torch.cat([next_observation, next_action], 1)
+            value = torch.minimum(self.targets[0](pair), self.targets[1](pair))
+            value = value - self.log_temperature.exp() * next_log_probability
+            target = reward + self.args.gamma * (1 - terminated) * value
+        pair = torch.cat([observation, action], 1)
+        return sum(torch.nn.functional.mse_loss(critic(pair), target) for critic in self.critics)
+
+    def actor_loss(self, batch: dst_td3.Batch, noise: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        observation = torch.from_numpy(batch.observation)
+        action, log_probability = self.draw(observation, noise)
+        pair = torch.cat([observation, action], 1)
+        value = torch.minimum(self.critics[0](pair), self.critics[1](pair))
+        loss = (self.log_temperature.exp().detach() * log_probability - value).mean()
+        return loss, log_probability.detach()
+
+    def learn(self, buffer: dst_td3.ReplayBuffer, step: int, rng: np.random.Generator) -> None:
+        batch = buffer.sample(self.args.batch_size, rng)
+        next_noise, noise = rng.standard_normal((2, self.args.batch_size, len(self.low)))
+        self.critic_optimizer.zero_grad()
+        self.critic_loss(batch, next_noise).backward()
+        self.critic_optimizer.step()
+        self.actor_optimizer.zero_grad()
+        loss, log_probability = self.actor_loss(batch, noise)
+        loss.backward()
+        self.actor_optimizer.step()
+        if self.args.learn_temperature:
+            self.temperature_optimizer.zero_grad()
+            (-self.log_temperature * (log_probability - len(self.low)).mean()).backward()
+            self.temperature_optimizer.step()
+        if step % self.args.target_interval == 0:
+            self.targets = copy.deepcopy(self.critics)
+
+
+@pytest.mark.parametrize("engine", [MaskedSAC, SparseSAC])
+def test_a_dense_agent_is_the_textbooks(engine):
+    """Over twelve updates, with two copies into the targets and a temperature that is learned."""
+    this = sac_case((16, 12), 0.0, {"method": "sac", "learn_temperature": True, "batch_size": 10})
+    agent, rng = this.agent(engine)
+    textbook = Textbook(agent.actor.layer_arrays(), agent.critics.layer_arrays(), this.bounds, agent.args)
+    other_rng = np.random.default_rng()
+    other_rng.bit_generator.state = rng.bit_generator.state
+    for step in range(1, 13):
+        this.train(agent, rng, [step])
+        textbook.learn(this.buffer, step, other_rng)
+    close = {"rtol": 1e-7, "atol": 1e-10}
+    for layers, expected in (
+        (module(agent.actor.layer_arrays()), textbook.actor),
+        *((module(agent.critics.layer_arrays(), i), textbook.critics[i]) for i in range(2)),
+    ):
+        for ours, theirs in zip(layers.parameters(), expected.parameters(), strict=True):
+            torch.testing.assert_close(ours, theirs, **close)
+    assert agent.log_temperature[0] == pytest.approx(float(textbook.log_temperature.detach()), rel=1e-9)
+    assert agent.temperature != DEFAULTS.temperature
+
+
+def dense_gradients(network) -> list[np.ndarray]:
+    """Return the last gradient of a SparseNetwork as dense matrices and biases, network by network."""
+    gradient, connections, dense = network.arrays.gradient, len(network.arrays.input_index), []
+    for block in network.blocks:
+        topology, place = network._topology(block)
+        matrix = np.zeros((block.inputs, block.outputs))
+        matrix.ravel()[topology] = gradient[place]
+        dense += [matrix, gradient[connections:][block.rows]]
+    return dense
+
+
+def assert_gradients(network, modules: list[torch.nn.Sequential]) -> None:
+    """Require that a SparseNetwork's last gradient is autograd's, where it has connections."""
+    masks = [mask for layer in network.layer_arrays() for mask in layer.mask.reshape(-1, *layer.mask.shape[-2:])]
+    depth = len(network.layer_arrays())
+    theirs = [parameter.grad.numpy() for part in modules for parameter in part.parameters()]
+    for index, (ours, expected) in enumerate(zip(dense_gradients(network), theirs, strict=True)):
+        n, layer = divmod(index // 2, depth)
+        expected = expected.T * masks[layer * len(modules) + n] if index % 2 == 0 else expected
+        assert np.abs(expected).max() > 0
+        np.testing.assert_allclose(ours, expected, rtol=1e-6, atol=1e-9)  # as far as torch's own slope of the tanh goes
+
+
+def test_the_compiled_gradients_are_those_of_autograd():
+    """Of all parameters, with deviations within, below and above their bounds and either critic the lesser one."""
+    this = sac_case((24, 20), 0.5, {"batch_size": 60})
+    agent, rng = this.agent(SparseSAC)
+    # Of three means, then of three logarithmic deviations.
+    agent.actor.arrays.parameters[-6:] = 0.1, -0.2, 0.3, -20.0, 2.0, -0.5
+    textbook = Textbook(agent.actor.layer_arrays(), agent.critics.layer_arrays(), this.bounds, agent.args)
+    rows, picks = agent.sample(this.buffer, rng)
+    batch = dst_td3.Batch(*(rows[picks][:, columns] for columns in this.buffer.columns))
+    next_noise, noise = rng.standard_normal((2, 60, 3))
+    pair = torch.from_numpy(np.concatenate([batch.observation, batch.action], axis=1))
+    lesser = textbook.critics[0](pair) < textbook.critics[1](pair)
+    log_std = textbook.actor(torch.from_numpy(batch.observation))[:, 3:]
+    assert 0 < int(lesser.sum()) < 60
+    assert 0 < int((log_std[:, 0] < -20).sum()) < 60 and 0 < int((log_std[:, 1] > 2).sum()) < 60
+
+    textbook.critic_loss(batch, next_noise).backward()
+    agent.update_critics((rows, picks), next_noise)
+    assert_gradients(agent.critics, textbook.critics)
+    textbook.critics = [module(agent.critics.layer_arrays(), i) for i in range(2)]
+    textbook.actor_loss(batch, noise)[0].backward()
+    agent.update_actor((rows, picks), noise)
+    assert_gradients(agent.actor, [textbook.actor])
+
+
+def test_a_learned_temperature_moves_towards_its_entropy():
+    """Up where the entropy is below minus the number of actions, down where it is above."""
+    for log_std, sign in ((-6.0, 1), (-0.5, -1)):
+        this = sac_case(arguments={"learn_temperature": True, "batch_size": 10})
+        agent, rng = this.agent(MaskedSAC)
+        agent.actor.layers[-1].bias.data[..., 3:] = log_std
+        this.train(agent, rng, range(1, 6))
+        assert (agent.losses["entropy"] + 3) * sign < 0
+        assert sign * (agent.temperature - DEFAULTS.temperature) > 1e-4
+        assert agent.losses["temperature"] == agent.temperature
+
+
+def test_targets_are_copies_of_now_and_then():
+    """A copy has its network's topology, so that nothing is left to prune; until the next one it stays as it is."""
+    this = sac_case(arguments={"adapt_interval": 4, "target_interval": 5})
+    (masked, masked_rng), (sparse, sparse_rng) = this.agent(MaskedSAC), this.agent(SparseSAC)
+    kept = [layer.weight.clone() for layer in masked.critics.target]
+    for step in range(1, 21):
+        this.train(masked, masked_rng, [step])
+        this.train(sparse, sparse_rng, [step])
+        target, own = ([layer.weight.detach() for layer in of] for of in (masked.critics.target, masked.critics.layers))
+        if step % 5 == 0:
+            assert all(map(torch.equal, target, own))
+            np.testing.assert_allclose(sparse.critics.arrays.target, sparse.critics.arrays.parameters, rtol=1e-12)
+            assert not sparse.critics.arrays.extra_weight.any()
+            kept = [tensor.clone() for tensor in target]
+        else:
+            assert all(map(torch.equal, target, kept)) and not any(map(torch.equal, target, own))
+
+
+def test_the_policy_is_stochastic_in_training_and_its_mean_otherwise():
+    this = sac_case(dtype=np.float32)
+    observation = np.random.default_rng(0).standard_normal(5)
+    for engine in (MaskedSAC, SparseSAC):
+        agent, _ = this.agent(engine)
+        rng = np.random.default_rng(1)
+        drawn = np.array([agent.explore(observation, rng) for _ in range(4000)])
+        low, high = this.bounds
+        assert drawn.dtype == np.float32 and (drawn >= low).all() and (drawn <= high).all()
+        mean, log_std = np.split(agent.outputs(observation), 2)
+        np.testing.assert_allclose(agent.act(observation), np.tanh(mean) * (high - low) / 2 + (high + low) / 2)
+        unbounded = np.arctanh(((drawn - low) / (high - low) * 2 - 1).clip(-1 + 1e-6, 1 - 1e-6))
+        np.testing.assert_allclose(unbounded.mean(0), mean, atol=0.08)
+        np.testing.assert_allclose(unbounded.std(0), np.exp(log_std), rtol=0.06)
+
+
+# Both engines
+
+
+def assert_sac_agree(masked, sparse, **close) -> None:
+    """Require what TD3's agents are required to share, and the same temperature."""
+    assert_agree(masked, sparse, **close)
+    np.testing.assert_allclose(sparse.log_temperature, masked.log_temperature, rtol=close["rtol"], atol=close["atol"])
+
+
+def test_engines_agree_over_hundreds_of_updates():
+    this = sac_case(arguments={"adapt_interval": 30, "target_interval": 40, "learn_temperature": True}, batch_size=37)
+    (masked, masked_rng), (sparse, sparse_rng) = this.agent(MaskedSAC), this.agent(SparseSAC)
+    adaptations = 0
+    for step in range(1, 301):
+        before = sparse.critics.topologies()[0][0]
+        this.train(masked, masked_rng, [step])
+        this.train(sparse, sparse_rng, [step])
+        adaptations += (before != sparse.critics.topologies()[0][0]).any()
+        if step % 30 in (0, 1):
+            assert_sac_agree(masked, sparse, rtol=1e-8, atol=1e-11)
+    assert adaptations == 10
+    assert masked_rng.bit_generator.state == sparse_rng.bit_generator.state
+
+
+def test_engines_agree_on_a_dense_agent():
+    """Its hidden layers are matrices that BLAS multiplies."""
+    this = sac_case((40, 24), 0.0, {"method": "sac"}, batch_size=37)
+    (masked, masked_rng), (sparse, sparse_rng) = this.agent(MaskedSAC), this.agent(SparseSAC)
+    assert sparse.critics.arrays.full.tolist() == [True, True, False]
+    this.train(masked, masked_rng, range(1, 61))
+    this.train(sparse, sparse_rng, range(1, 61))
+    assert_sac_agree(masked, sparse, rtol=1e-8, atol=1e-11)
+
+
+@settings(max_examples=40, suppress_health_check=list(HealthCheck))
+@given(cases())
+def test_engines_agree_whatever_the_networks(this):
+    this = as_sac(this)
+    (masked, masked_rng), (sparse, sparse_rng) = this.agent(MaskedSAC), this.agent(SparseSAC)
+    for step in range(1, 14):
+        this.train(masked, masked_rng, [step])
+        this.train(sparse, sparse_rng, [step])
+        assert_same_topologies(masked, sparse)
+    assert_sac_agree(masked, sparse, rtol=1e-6, atol=1e-9)
+    assert masked_rng.bit_generator.state == sparse_rng.bit_generator.state
+
+
+def test_engines_agree_where_outputs_saturate():
+    """Deviations at their bounds and actions at theirs, in the type of a run."""
+    this = sac_case(dtype=np.float32, batch_size=100)
+    (masked, masked_rng), (sparse, sparse_rng) = this.agent(MaskedSAC), this.agent(SparseSAC)
+    biases = np.array([30.0, -8.0, 0.5, -25.0, 3.0, 1.5], np.float32)
+    masked.actor.layers[-1].bias.data[0] = torch.from_numpy(biases)
+    sparse.actor.arrays.parameters[-6:] = biases
+    this.train(masked, masked_rng, range(1, 8))
+    this.train(sparse, sparse_rng, range(1, 8))
+    for ours, theirs in ((sparse.actor, masked.actor), (sparse.critics, masked.critics)):
+        for layer, expected in zip(ours.layer_arrays(), theirs.layer_arrays(), strict=True):
+            np.testing.assert_allclose(layer.weight, expected.weight, rtol=1e-3, atol=2e-5)
+    assert np.isfinite(list(map(float, sparse.losses.values()))).all()
+
+
+def test_a_second_thread_changes_no_bit():
+    states = []
+    for threads in (1, 2):
+        this = sac_case(arguments={"threads": threads}, dtype=np.float32)
+        agent, rng = this.agent(SparseSAC)
+        this.train(agent, rng, range(1, 31))
+        states.append(bytes_of(agent))
+    assert states[0] == states[1]
+
+
+@pytest.mark.parametrize("engine", [MaskedSAC, SparseSAC])
+def test_a_loaded_agent_goes_on_to_the_same_bytes(engine):
+    this = sac_case(arguments={"learn_temperature": True, "target_interval": 7}, dtype=np.float32)
+    first, rng = this.agent(engine)
+    this.train(first, rng, range(1, 28))
+    second, other_rng = this.agent(engine)
+    second.load_state(saved(first))
+    other_rng.bit_generator.state = rng.bit_generator.state
+    for agent, generator in ((first, rng), (second, other_rng)):
+        this.train(agent, generator, range(28, 60))
+    assert bytes_of(first) == bytes_of(second)
+
+
+def test_a_state_without_a_temperature_is_rejected():
+    agent = sac_case().agent(MaskedSAC)[0]
+    state = agent.state()
+    del state["log_temperature"]
+    with pytest.raises(KeyError):
+        agent.load_state(state)
+
+
+@pytest.mark.parametrize("engine", [MaskedSAC, SparseSAC])
+def test_a_policy_file_acts_as_the_agents_mean(tmp_path, engine):
+    this = sac_case(dtype=np.float32)
+    agent, rng = this.agent(engine)
+    this.train(agent, rng, range(1, 12))
+    dst_td3.save_policy(tmp_path / "policy.npz", agent.policy_layers(), this.bounds, "Hopper-v4")
+    observation = np.random.default_rng(0).standard_normal(5)
+    loaded = dst_td3.load_policy(tmp_path / "policy.npz", "Hopper-v4")
+    np.testing.assert_allclose(loaded(observation), agent.act(observation), atol=1e-6)
+
+
+@pytest.mark.parametrize("which", ["actor", "critics"])
+def test_a_diverged_network_shows(which):
+    this = sac_case(dtype=np.float32, arguments={"batch_size": 10})
+    agent, rng = this.agent(SparseSAC)
+    arrays = getattr(agent, which).arrays
+    arrays.parameters[: len(arrays.input_index)][-20:] = np.nan  # output weights; of the critics, only the second's
+    batch = agent.sample(this.buffer, rng)
+    agent.update_actor(batch, rng.standard_normal((10, 3), dtype=np.float32))
+    assert math.isnan(agent.losses["actor_loss"])
+    assert np.isnan(agent.explore(np.zeros(5), rng)).any()
+
+
+# Whole runs
+
+
+@pytest.mark.parametrize("further", ["", "--learn-temperature", "--method sac"])
+def test_it_learns_to_balance_a_pole(command_line, tmp_path, further):
+    """Balancing for a whole episode returns 1000; an untrained agent reaches about 10."""
+    arguments = (
+        "--env InvertedPendulum-v4 --hidden 64 64 --learning-rate 0.003 --batch-size 100 --target-interval 100 "
+        "--total-timesteps 10000 --learning-starts 1000 --eval-interval 1000 --eval-episodes 5 --adapt-interval 200"
+    )
+    code, output, error = command_line(*arguments.split(), *further.split(), "--results-dir", tmp_path)
+    assert code == 0, error
+    returns = [float(row["return_mean"]) for row in rows_of(run_directory(tmp_path) / "evaluations.csv")]
+    assert returns[0] < 100 and max(returns) > 900, output
+
+
+@pytest.mark.parametrize("further", ["--learn-temperature", "--engine masked"])
+def test_a_killed_run_resumes_to_the_same_bytes(command_line, tmp_path, further):
+    """Killed twice: while it explores at random, and while it learns with adapted topologies."""
+    arguments = [*SHORT, "--batch-size", 32, "--target-interval", 70, *further.split()]
+    assert command_line(*arguments, "--results-dir", tmp_path / "unbroken")[0] == 0
+    stopped = tmp_path / "stopped"
+    for step in (150, 900):
+        process = start_process(*arguments, "--results-dir", stopped)
+        wait_for_step(stopped, step)
+        process.send_signal(signal.SIGKILL)
+        process.communicate(timeout=240)
+    assert not list(stopped.rglob("summary.json"))
+    code, output, _ = command_line(*arguments, "--results-dir", stopped)
+    assert code == 0 and "step 0 of" not in output
+    assert_same_bytes(run_directory(stopped), run_directory(tmp_path / "unbroken"))
+    config = json.loads((run_directory(stopped) / "config.json").read_text())
+    assert not set(config["arguments"]) & {name.replace("-", "_") for name in TD3_ONLY}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("--temperature 0", "--temperature must be a positive number, not 0.0"),
+        ("--temperature nan", "--temperature must be a positive number, not nan"),
+        ("--target-interval 0", "--target-interval must be a positive whole number, not 0"),
+        ("--method td3", "ds-sac"),
+        ("--method sac --sparsity 0.5", "sac is dense"),
+        ("--sparsity 1", "--sparsity must be at least 0 and below 1"),
+        ("--batch-size 0", "--batch-size must be"),
+        ("--engine sparse --dense-moments", "and no --dense-moments"),
+        *((f"--{name} 1", f"--{name}") for name in TD3_ONLY),
+    ],
+)
+def test_bad_input_gets_one_clear_line_and_exit_code_2(command_line, tmp_path, arguments, expected):
+    code, output, error = command_line("--env", "Hopper-v4", "--results-dir", tmp_path, *arguments.split())
+    assert code == 2, output
+    assert expected in error and "Traceback" not in error
+    if error.startswith("dst_td3.py: error:"):  # what the argument parser itself refuses comes in a box
+        assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir()), "nothing is left behind"
+
+
+def test_help_lists_what_sac_has_and_nothing_else(command_line):
+    code, output, _ = command_line("--help")
+    assert code == 0 and not [name for name in TD3_ONLY if f"--{name} " in output]
+    for shown in ("--temperature", "--learn-temperature", "--target-interval", "eta of the paper", "alpha of SAC"):
+        assert shown in output
+
+
+def test_describe_counts_both_outputs_of_an_action(command_line):
+    code, described, _ = command_line("--describe", "--env", "HalfCheetah-v4")
+    rows = [line.split() for line in described.splitlines()]
+    assert code == 0 and ["actor", "3", "256", "x", "12", "3,072", "0.000"] in rows
+    assert [row[-2] for row in rows if row[-4:-3] == ["256"] or row[2:3] == ["17"]][:1] == ["3,276"]  # 12 * (17 + 256)
+    code, described, _ = command_line("--describe", "--env", "HalfCheetah-v4", "--method", "sac")
+    actor, critic = 256 * (17 + 256 + 12), 256 * (23 + 256 + 1)
+    assert f"{actor + 2 * critic:,} connections" in described
+    assert f"{1e6 * 256 * 6 * (actor + 2 * critic):.3g} for training" in described
+
+
+def test_ant_keeps_the_papers_density():
+    """The paper's lambda of 30 on the 111 observations of Ant-v3."""
+    first, second = SACArguments.PAPER_LAMBDA["Ant-v4"]
+    assert first * (27 + 256) / (27 * 256) == pytest.approx(30 * (111 + 256) / (111 * 256), abs=0.002)
+    assert second == 64
+
+
+def test_variants_are_named_by_what_differs_from_the_paper():
+    def name(**changes) -> str:
+        return dst_td3.variant(dst_td3.resolve(SACArguments(device="cpu", **changes)))
+
+    assert name() == name(er_lambda=(12.0, 80.0)) == name(seed=3, threads=2, temperature=0.2) == "ds-sac"
+    assert name(method="static-sac") == "static-sac"
+    assert name(sparsity=0.8, learn_temperature=True) == "ds-sac_sparsity=0.8_learn-temperature=True"
+    assert name(method="sac", temperature=0.1, target_interval=500) == "sac_temperature=0.1_target-interval=500"
+
+
+def test_auto_takes_the_engine_that_is_there(monkeypatch):
+    assert dst_td3.resolve(SACArguments(device="cpu")).agent_class() is SparseSAC
+    assert dst_td3.resolve(SACArguments(device="cpu", dense_moments=True)).agent_class() is MaskedSAC
+    found = dst_td3.importlib.util.find_spec
+    monkeypatch.setattr(dst_td3.importlib.util, "find_spec", lambda name: None if name == "sparse_sac" else found(name))
+    assert dst_td3.resolve(SACArguments(device="cpu")).agent_class() is MaskedSAC
+    with pytest.raises(dst_td3.InputError, match="--engine sparse needs"):
+        SACArguments(device="cpu", engine="sparse").agent_class()
