@@ -30,6 +30,7 @@ import torch
 import tyro
 from llvmlite import ir
 from numba import njit, types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -446,7 +447,8 @@ def multiply_adds_of_loads(uses: int) -> Callable[[np.ndarray, int], float]:
             factors = [ir.Constant(ir.VectorType(emitter.element, lanes), [0.5 + use] * lanes) for use in range(uses)]
             zero = ir.Constant(factors[0].type, [0.0] * lanes)
             sums = [[emitter.variable(zero) for _ in factors] for _ in slots]
-            with emitter.count(first, arguments[1], len(slots) * lanes) as k:
+            stride = ir.Constant(first.type, len(slots) * lanes)
+            with cgutils.for_range_slice(builder, first, arguments[1], stride) as (k, _):
                 row = builder.gep(data, [builder.and_(k, ir.Constant(k.type, CACHED - 1))])
                 for slot, totals in zip(slots, sums, strict=True):
                     vector = emitter.load(row, slot)
