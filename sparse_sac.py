@@ -73,7 +73,10 @@ def update_critics(actor, critics, actor_values, values, rows, picks, noise, tem
     next_values = np.empty((networks, size), values.dtype)
     for n in prange(networks):
         forward(critics, n, True, values, size)
-        next_values[n] = units(values, first_output(critics, n), 1, size)[0, :size] - temperature * next_log_probability
+        next_values[n] = units(values, first_output(critics, n), 1, size)[0, :size]
+    for n in range(networks):
+        for b in range(size):
+            next_values[n, b] -= temperature * next_log_probability[b]
 
     gather(values, 0, rows, picks, 0, reward)
     losses, mean_values = np.empty(networks), np.empty(networks)
