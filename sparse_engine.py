@@ -1028,7 +1028,7 @@ class SparseTD3(TD3):
         super().__init__(SparseNetwork, actor, critics, tuple(np.array(bound, self.dtype) for bound in bounds), args)
         constants = map(self.dtype, (args.gamma, args.policy_noise, args.noise_clip))
         self.settings = Settings(*self.bounds, *constants, args.learning_rate, self.dtype(args.weight_decay))
-        self.batch_size, self._critic_update = None, self.CRITIC_UPDATES[args.threads > 1]
+        self.batch_size = None
         threadpool_limits(1, "blas")  # a second thread takes a critic of its own
         if args.threads > 1:  # starting numba's threads would give torch as many, against its own setting
             numba.set_num_threads(min(args.threads, numba.config.NUMBA_NUM_THREADS))
@@ -1047,7 +1047,8 @@ class SparseTD3(TD3):
     def update_critics(self, batch: tuple[np.ndarray, np.ndarray], noise: np.ndarray) -> None:
         """Fit both critics to the smaller target value; ``noise`` [batch, actions], unscaled, smooths the policy."""
         self.critics.steps += 1
-        loss, value = self._critic_update(*self._spaces(batch), noise, self.settings, int(self.critics.steps))
+        update = self.CRITIC_UPDATES[self.args.threads > 1]
+        loss, value = update(*self._spaces(batch), noise, self.settings, int(self.critics.steps))
         self.losses |= {"critic_loss": loss, "value": value}
 
     def update_actor(self, batch: tuple[np.ndarray, np.ndarray]) -> None:
@@ -1069,7 +1070,8 @@ class SparseTD3(TD3):
         observations, actions = int(self.actor.arrays.sizes[0]), len(self.settings.low)
         batch = np.zeros((1, 2 * observations + actions + 2), self.dtype), np.zeros(1, np.int64)
         yield act, (self.actor.arrays, batch[0][0, :observations], *self.bounds)
-        yield self._critic_update, (*self._spaces(batch), np.zeros((1, actions), self.dtype), self.settings, 1)
+        update = self.CRITIC_UPDATES[self.args.threads > 1]
+        yield update, (*self._spaces(batch), np.zeros((1, actions), self.dtype), self.settings, 1)
         yield update_actor, (*self._spaces(batch), self.settings, 1)
         yield soft_update, self.actor.soft_update_arguments()
 

@@ -156,7 +156,8 @@ class SparseSAC(SparseTD3, SAC):
     def update_critics(self, batch: tuple[np.ndarray, np.ndarray], noise: np.ndarray) -> None:
         """Fit both critics to the smaller target value and entropy; ``noise`` [batch, actions] draws next actions."""
         self.critics.steps += 1
-        loss, value = self._critic_update(*self._arguments(batch, noise, self.critics))
+        update = self.CRITIC_UPDATES[self.args.threads > 1]
+        loss, value = update(*self._arguments(batch, noise, self.critics))
         self.losses |= {"critic_loss": loss, "value": value}
 
     def update_actor(self, batch: tuple[np.ndarray, np.ndarray], noise: np.ndarray) -> None:
@@ -174,6 +175,6 @@ class SparseSAC(SparseTD3, SAC):
         batch = np.zeros((1, 2 * observations + actions + 2), self.dtype), np.zeros(1, np.int64)
         update = self._arguments(batch, np.zeros((1, actions), self.dtype), self.actor)
         yield outputs_for_one, (self.actor.arrays, np.zeros(observations, self.dtype))
-        yield self._critic_update, update
+        yield self.CRITIC_UPDATES[self.args.threads > 1], update
         yield update_actor, update
         yield soft_update, self.actor.soft_update_arguments()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+import torch
 
 import dst_td3
 
@@ -81,3 +82,10 @@ def read_table(text: str) -> list[dict[str, str]]:
     lines = [line for line in text.splitlines() if line.startswith("|")]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return [dict(zip(cells[0], row, strict=True)) for row in cells[2:]]
+
+
+@pytest.fixture(autouse=True)
+def denormals():
+    """Keep denormal numbers for the next test, which a training in this process flushes to zero."""
+    yield
+    torch.set_flush_denormal(False)
