@@ -8,45 +8,54 @@ cd "$(dirname "$0")"
 # The grid of one seed, in the order in which it is made. dst_td3.py makes a row, or dst_sac.py where its method is one of
 # SAC's. Their defaults are the paper's settings, so a row only says what differs, in any options of its program. N% of
 # --snapshot-at and --initial-policy stands for the policy after N % of a run, the paper's 5e5 and 7e5 steps;
-# --initial-policy takes that of the run that is otherwise the same.
-# shown in                   environment     method      further arguments
-grid='
-fig1,tables,fig2,fig4        HalfCheetah-v4  ds-td3      --snapshot-at 50% 70%
-fig1,tables,fig2,fig3,fig4   HalfCheetah-v4  td3         --snapshot-at 50% 70%
-fig1,tables                  HalfCheetah-v4  static-td3
-fig1,tables                  Hopper-v4       ds-td3
-fig1,tables                  Hopper-v4       td3
-fig1,tables                  Hopper-v4       static-td3
-fig1,tables                  Walker2d-v4     ds-td3
-fig1,tables                  Walker2d-v4     td3
-fig1,tables                  Walker2d-v4     static-td3
-fig1,tables                  Ant-v4          ds-td3
-fig1,tables                  Ant-v4          td3
-fig1,tables                  Ant-v4          static-td3
-fig1,tables                  Humanoid-v4     ds-td3
-fig1,tables                  Humanoid-v4     td3
-fig1,tables                  Humanoid-v4     static-td3
-fig2                         HalfCheetah-v4  ds-td3      --adapt-interval 200
-fig2                         HalfCheetah-v4  ds-td3      --adapt-interval 500
-fig2                         HalfCheetah-v4  ds-td3      --adapt-interval 2000
-fig3                         HalfCheetah-v4  ds-td3      --sparsity 0.25
-fig3                         HalfCheetah-v4  ds-td3      --sparsity 0.5
-fig3                         HalfCheetah-v4  ds-td3      --sparsity 0.8
-fig4                         HalfCheetah-v4  ds-td3      --initial-policy 50%
-fig4                         HalfCheetah-v4  ds-td3      --initial-policy 70%
-fig4                         HalfCheetah-v4  td3         --initial-policy 50%
-fig4                         HalfCheetah-v4  td3         --initial-policy 70%
-appendix                     HalfCheetah-v4  ds-sac
-appendix                     HalfCheetah-v4  sac
-appendix                     Hopper-v4       ds-sac
-appendix                     Hopper-v4       sac
-appendix                     Walker2d-v4     ds-sac
-appendix                     Walker2d-v4     sac
-appendix                     Ant-v4          ds-sac
-appendix                     Ant-v4          sac
-appendix                     Humanoid-v4     ds-sac
-appendix                     Humanoid-v4     sac
-'
+# --initial-policy takes that of the run that is otherwise the same. Several environments stand between commas.
+four=HalfCheetah-v4,Walker2d-v4,Hopper-v4,Ant-v4
+recipe='--step-exponent 0.5 --batch-size 256' # with it agents at 0.9 and above learn better
+# shown in                      environment     method      further arguments
+grid="
+fig1,tables,fig2,fig4,fig5      HalfCheetah-v4  ds-td3      --snapshot-at 50% 70%
+fig1,tables,fig2,fig3,fig4,fig5 HalfCheetah-v4  td3         --snapshot-at 50% 70%
+fig1,tables                     HalfCheetah-v4  static-td3
+fig1,tables,fig5                Hopper-v4       ds-td3
+fig1,tables,fig5                Hopper-v4       td3
+fig1,tables                     Hopper-v4       static-td3
+fig1,tables,fig5                Walker2d-v4     ds-td3
+fig1,tables,fig5                Walker2d-v4     td3
+fig1,tables                     Walker2d-v4     static-td3
+fig1,tables,fig5                Ant-v4          ds-td3
+fig1,tables,fig5                Ant-v4          td3
+fig1,tables                     Ant-v4          static-td3
+fig1,tables                     Humanoid-v4     ds-td3
+fig1,tables                     Humanoid-v4     td3
+fig1,tables                     Humanoid-v4     static-td3
+fig2                            HalfCheetah-v4  ds-td3      --adapt-interval 200
+fig2                            HalfCheetah-v4  ds-td3      --adapt-interval 500
+fig2                            HalfCheetah-v4  ds-td3      --adapt-interval 2000
+fig3                            HalfCheetah-v4  ds-td3      --sparsity 0.25
+fig3                            HalfCheetah-v4  ds-td3      --sparsity 0.5
+fig3                            HalfCheetah-v4  ds-td3      --sparsity 0.8
+fig4                            HalfCheetah-v4  ds-td3      --initial-policy 50%
+fig4                            HalfCheetah-v4  ds-td3      --initial-policy 70%
+fig4                            HalfCheetah-v4  td3         --initial-policy 50%
+fig4                            HalfCheetah-v4  td3         --initial-policy 70%
+fig5                            $four           ds-td3      --sparsity 0.9 $recipe
+fig5                            $four           ds-td3      --sparsity 0.95 $recipe
+fig5                            $four           static-td3  --sparsity 0.9 $recipe
+fig5                            $four           ds-td3      --sparsity 0.9
+fig5                            $four           ds-td3      --sparsity 0.95
+fig5                            HalfCheetah-v4,Walker2d-v4 td3         --batch-size 256
+fig5                            HalfCheetah-v4  td3         --hidden 77 77 --batch-size 256
+appendix                        HalfCheetah-v4  ds-sac
+appendix                        HalfCheetah-v4  sac
+appendix                        Hopper-v4       ds-sac
+appendix                        Hopper-v4       sac
+appendix                        Walker2d-v4     ds-sac
+appendix                        Walker2d-v4     sac
+appendix                        Ant-v4          ds-sac
+appendix                        Ant-v4          sac
+appendix                        Humanoid-v4     ds-sac
+appendix                        Humanoid-v4     sac
+"
 
 usage() {
   cat <<'END'
@@ -55,8 +64,9 @@ usage: ./run_all.sh [OPTION ...]
 Trains every agent of the paper and executes analysis.ipynb, which makes every figure and table from the results.
 It can be stopped at any moment; given again, it does only what is missing.
 
-  --only NAME              only the runs of fig1, fig2, fig3, fig4, tables (1 and 2), appendix (3 to 5: DS-SAC), an
-                           environment or a method; given again, it narrows further: --only fig1 --only Hopper-v4
+  --only NAME              only the runs of fig1, fig2, fig3, fig4, tables (1 and 2), fig5 (sparsity 0.9 and 0.95),
+                           appendix (tables 3 to 5: DS-SAC), an environment or a method; given again, it narrows
+                           further: --only fig1 --only Hopper-v4
   --seeds N                seeds of each run, 0 to N-1 (default: 5; with --quick: 2)
   --steps N                environment steps of a run (default: 1000000; with --quick: 1500)
   --jobs N                 runs at the same time, one thread each (default: one for each core)
@@ -115,15 +125,16 @@ least_steps=${quick:+10}
 # ---------------------------------------------------------------------------------------------------------------------
 
 rows=''
-while read -r figures env method further; do
-  [[ -n $figures ]] || continue
-  for name in "${only[@]}"; do
-    [[ ,$figures,$env,$method, == *,$name,* ]] || continue 2
+while read -r figures environments method further; do
+  for env in ${environments//,/ }; do
+    for name in "${only[@]}"; do
+      [[ ,$figures,$env,$method, == *,$name,* ]] || continue 2
+    done
+    rows+="$env $method $further"$'\n'
   done
-  rows+="$env $method $further"$'\n'
 done <<<"$grid"
 [[ -n $rows ]] ||
-  reject "no run is of ${only[*]} together: --only takes fig1 to fig4, tables, appendix, an environment or a method"
+  reject "no run is of ${only[*]} together: --only takes fig1 to fig5, tables, appendix, an environment or a method"
 
 length='' evaluation=''
 ((steps == 1000000)) || length="--total-timesteps $steps"
@@ -204,16 +215,27 @@ for run in "${!commands[@]}"; do is_finished "$run" || missing+=("$run"); done
 if [[ -n $list ]]; then
   printf '%s\n' "${commands[@]}"
   echo "$total runs of $steps steps, ${#missing[@]} of them not finished" >&2
-  # Both times of a summary together are what a run costs; those of all finished runs tell what the others will.
-  { find "$results" -mindepth 4 -maxdepth 4 -name summary.json -exec cat {} + 2>/dev/null || true; } | tr -d '",' |
-    awk -v steps="$steps" -v total="$total" -v missing="${#missing[@]}" '
-      $1 == "steps:" { made += $2; runs++ }
-      $1 == "training_seconds:" || $1 == "evaluation_seconds:" { seconds += $2 }
+  # Both times of a summary together are what a run costs; the finished runs of an algorithm tell what its others will.
+  {
+    for run in "${!commands[@]}"; do
+      if is_finished "$run"; then echo "finished ${directories[run]}/"; else echo "missing ${directories[run]}/"; fi
+    done
+    find "$results" -mindepth 4 -maxdepth 4 -name summary.json -exec grep -H : {} + 2>/dev/null || true
+  } | tr -d '",' |
+    awk -v steps="$steps" '
+      { algorithm = $0 ~ "/[a-z-]*sac(_[^/]*)?/seed[0-9]+/" ? "SAC" : "TD3" }
+      $1 == "finished" || $1 == "missing" { total[algorithm]++; missing[algorithm] += $1 == "missing" }
+      $2 == "steps:" { made[algorithm] += $3; runs[algorithm]++ }
+      $2 == "training_seconds:" || $2 == "evaluation_seconds:" { seconds[algorithm] += $3 }
       END {
-        if (!made) { print "no run is finished yet: the time of the others is unknown"; exit }
-        hours = steps * seconds / made / 3600
-        printf "about %.1f core-hours for all, %.1f for the missing ones ", hours * total, hours * missing
-        printf "(%.0f steps/s, the mean of %d finished runs)\n", made / seconds, runs
+        for (algorithm in total) {
+          printf "%s: ", algorithm
+          if (!made[algorithm]) { print "no run is finished yet: the time of the others is unknown"; continue }
+          hours = steps * seconds[algorithm] / made[algorithm] / 3600
+          printf "about %.1f core-hours for all %d, ", hours * total[algorithm], total[algorithm]
+          printf "%.1f for the %d missing ones ", hours * missing[algorithm], missing[algorithm]
+          printf "(%.0f steps/s, the mean of %d runs)\n", made[algorithm] / seconds[algorithm], runs[algorithm]
+        }
       }' >&2
   exit
 fi

@@ -22,6 +22,7 @@ PROGRAM = Path(dst_td3.__file__)
 # The figures that analysis.ipynb writes.
 FIGURES = (
     *("fig1_learning_curves", "fig2_adapt_interval", "fig3_sparsity", "fig4_initial_policy"),
+    "fig5_high_sparsity",
     *("dense_moments", "wall_clock", "seconds_and_bytes", "topology_alive", "topology_inputs"),
 )
 

@@ -21,6 +21,17 @@ ENVIRONMENTS = ("HalfCheetah-v4", "Walker2d-v4", "Hopper-v4", "Ant-v4", "Humanoi
 METHODS = {"td3": "TD3", "static-td3": "Static-TD3", "ds-td3": "DS-TD3"}
 SAC_METHODS = {"sac": "SAC", "ds-sac": "DS-SAC"}
 APPENDIX = ("appendix_lca", "appendix_return")
+# The variants of Figure 5 that no other figure has, and where they are run.
+RECIPE, FOUR = "batch-size=256_step-exponent=0.5", ("HalfCheetah-v4", "Walker2d-v4", "Hopper-v4", "Ant-v4")
+HIGH_SPARSITY = {
+    "ds-td3_sparsity=0.9": FOUR,
+    "ds-td3_sparsity=0.95": FOUR,
+    f"ds-td3_sparsity=0.9_{RECIPE}": FOUR,
+    f"ds-td3_sparsity=0.95_{RECIPE}": FOUR,
+    f"static-td3_sparsity=0.9_{RECIPE}": FOUR,
+    "td3_batch-size=256": FOUR[:2],
+    "td3_hidden=77,77_batch-size=256": FOUR[:1],
+}
 CURVE = [3000 * (1 - math.exp(-index / 60)) for index in range(201)]  # of a million steps
 
 
@@ -146,7 +157,15 @@ def whole(tmp_path_factory):
     for variant in others:
         for seed in range(5):
             write_run(results, "HalfCheetah-v4", variant, seed, learning(rng, 3000, 4))
+    for variant, environments in HIGH_SPARSITY.items():
+        for env, seed in itertools.product(environments, range(5)):
+            returns = written[env, variant, seed] = learning(rng, 3000 + 200 * seed, 6)
+            write_run(results, env, variant, seed, returns)
     (results / "benchmarks").mkdir()
+    (results / "benchmarks" / "end_to_end.csv").write_text(
+        "implementation,microseconds_per_step\nrltools,2000\n"
+        '"ds-td3, sparsity 0.5",1500\n"ds-td3, sparsity 0.9, recipe",1000\n"ds-td3, sparsity 0.95, recipe",800\n'
+    )
     (results / "benchmarks" / "updates.csv").write_text(
         "implementation,width,sparsity,microseconds,state_bytes\n"
         "torch dense,256,0.0,2400,6e6\nsparse engine,256,0.5,1700,5e6\nsparse engine,256,0.9,430,1e6\n"
@@ -265,9 +284,38 @@ def test_aggregates_over_environments(whole):
                 assert expected in row["probability of improvement"]
 
 
+def test_high_sparsity_is_held_against_dense(whole):
+    tables, written = whole
+    final = {key: statistics.mean(returns[-10:]) for key, returns in written.items()}
+    variant = f"ds-td3_sparsity=0.95_{RECIPE}"
+    row = row_of(tables["high_sparsity"], setting="DS-TD3, 0.95, recipe")
+    quotients = []
+    for env in FOUR:
+        ours, dense = (statistics.mean(final[env, v, seed] for seed in range(5)) for v in (variant, "td3"))
+        quotients.append(ours / dense)
+        value, low, high, seeds = row[env].translate(str.maketrans("[],()", "     ")).split()
+        assert float(value) == pytest.approx(ours / dense, abs=0.0051)
+        assert float(low) <= float(value) <= float(high) and seeds == "5"
+    assert row["mean of the four"].startswith(f"{statistics.mean(quotients):.2f} [")
+    assert row["mean of the four"].endswith("(5 + 5 + 5 + 5)")
+    small = row_of(tables["high_sparsity"], setting="TD3, width 77, the recipe's batch")
+    assert small["HalfCheetah-v4"] != "-" and small["Ant-v4"] == small["mean of the four"] == "-"
+
+
+def test_time_to_dense_is_steps_at_the_speed_that_the_benchmark_measured(whole):
+    tables, written = whole
+    env, variant = "HalfCheetah-v4", f"ds-td3_sparsity=0.9_{RECIPE}"
+    target = statistics.mean(statistics.mean(written[env, "td3", seed][-10:]) for seed in range(5))
+    mean = [statistics.mean(values) for values in zip(*(written[env, variant, s] for s in range(5)), strict=True)]
+    step = next(5000 * i for i in range(len(mean)) if statistics.mean(mean[max(0, i - 9) : i + 1]) >= target)
+    row = row_of(tables["seconds_to_dense"], **{env: "DS-TD3, 0.9, recipe"})
+    assert (row["steps/s"], row["minutes"]) == ("1,000", f"{step * 1000 / 6e7:.1f}")
+    assert row["of RLtools' whole run"] == f"{step * 1000 / 2e9:.0%}"
+
+
 def test_whole_results_leave_no_remark(whole):
     coverage = whole[0]["coverage"]
-    assert len(coverage) == 15 + 3 + 3 + 4 + 10
+    assert len(coverage) == 15 + 3 + 3 + 4 + 10 + 23
     assert {(row["seeds"], row["steps"], row["remark"]) for row in coverage} == {("5", "1,000,000", "")}
     assert "unfinished" not in whole[0]
 

@@ -23,6 +23,7 @@ TABLES = (
     *("coverage", "table1_lca", "table2_return", "compute", "steps_to_dense", "aggregate", "provenance"),
     *("appendix_lca", "appendix_return"),
 )
+FOUR = ("HalfCheetah-v4", "Walker2d-v4", "Hopper-v4", "Ant-v4")
 PROGRAMS = {"dst_td3.py": dst_td3.Arguments, "dst_sac.py": dst_sac.SACArguments}
 
 
@@ -88,6 +89,11 @@ def test_list_covers_the_papers_grid_once():
     for method in ("td3", "ds-td3"):
         expected |= {(cheetah, method, f"_initial-policy=policy-{step}") for step in (500_000, 700_000)}
     expected |= {(env, method, "") for env in papers for method in ("ds-sac", "sac")}
+    recipe = "_batch-size=256_step-exponent=0.5"
+    expected |= {(env, "ds-td3", f"_sparsity={s}{r}") for env in FOUR for s in (0.9, 0.95) for r in ("", recipe)}
+    expected |= {(env, "static-td3", f"_sparsity=0.9{recipe}") for env in FOUR}
+    expected |= {(env, "td3", "_batch-size=256") for env in (cheetah, "Walker2d-v4")}
+    expected |= {(cheetah, "td3", "_hidden=77,77_batch-size=256")}
     found = [(a.env, a.method, dst_td3.variant(a).removeprefix(a.method), a.seed) for a in listed]
     assert sorted(found) == sorted((*setting, seed) for setting in expected for seed in range(5))
     assert all(a.total_timesteps == 1_000_000 and a.threads == 1 for a in listed)
@@ -109,9 +115,11 @@ def test_list_covers_the_papers_grid_once():
         (["fig2"], 5),
         (["fig3"], 4),
         (["fig4"], 6),
+        (["fig5"], 31),
+        (["fig5", "static-td3"], 4),
         (["appendix"], 10),
-        (["Hopper-v4"], 5),
-        (["static-td3"], 5),
+        (["Hopper-v4"], 10),
+        (["static-td3"], 9),
         (["fig1", "Hopper-v4"], 3),
         (["fig4", "td3"], 3),
         (["appendix", "Ant-v4"], 2),
@@ -139,14 +147,22 @@ def test_quick_results_stay_apart():
 
 def test_list_estimates_the_time_from_finished_runs(tmp_path):
     _, _, unknown = run_all("--list", "--results-dir", tmp_path)
-    assert "175 runs of 1000000 steps, 175 of them not finished" in unknown and "unknown" in unknown
+    assert "290 runs of 1000000 steps, 290 of them not finished" in unknown and unknown.count("unknown") == 2
     run = tmp_path / "Hopper-v4" / "td3" / "seed0"
     run.mkdir(parents=True)
     summary = {"steps": 1_000_000, "training_seconds": 3000.0, "evaluation_seconds": 600.0}
     (run / "summary.json").write_text(json.dumps(summary, indent=2))
     _, _, estimate = run_all("--list", "--results-dir", tmp_path)
-    assert "174 of them not finished" in estimate
-    assert "about 175.0 core-hours for all, 174.0 for the missing ones (278 steps/s" in estimate
+    assert "289 of them not finished" in estimate
+    assert "TD3: about 240.0 core-hours for all 240, 239.0 for the 239 missing ones (278 steps/s" in estimate
+    assert "SAC: no run is finished yet" in estimate
+    # SAC's runs have costs of their own.
+    run = tmp_path / "Hopper-v4" / "ds-sac_sparsity=0.5" / "seed0"
+    run.mkdir(parents=True)
+    (run / "summary.json").write_text(json.dumps(summary | {"training_seconds": 6600.0}, indent=2))
+    _, _, estimate = run_all("--list", "--results-dir", tmp_path)
+    assert "TD3: about 240.0 core-hours for all 240, 239.0 for" in estimate
+    assert "SAC: about 100.0 core-hours for all 50, 100.0 for the 50 missing ones (139 steps/s" in estimate
 
 
 def test_list_knows_where_each_run_is(tmp_path):
@@ -154,9 +170,9 @@ def test_list_knows_where_each_run_is(tmp_path):
     for args in commands(*options):
         directory(args).mkdir(parents=True)
         (directory(args) / "summary.json").write_text("{}")
-    assert "35 runs of 1000000 steps, 0 of them not finished" in run_all(*options)[2]
+    assert "58 runs of 1000000 steps, 0 of them not finished" in run_all(*options)[2]
     # A run of another length has a directory of its own.
-    assert "35 runs of 300000 steps, 35 of them not finished" in run_all(*options, "--steps", 300_000)[2]
+    assert "58 runs of 300000 steps, 58 of them not finished" in run_all(*options, "--steps", 300_000)[2]
 
 
 def test_list_comes_even_where_a_run_is_damaged(tmp_path):
@@ -175,7 +191,7 @@ def test_a_row_takes_any_options(tmp_path):
         "fig4  Hopper-v4  ds-td3  --sparsity 0.8 --initial-policy 70% --hidden 32 32",
     )
     script, edited = SCRIPT.read_text(), tmp_path / "run_all.sh"
-    edited.write_text(re.sub("(?s)(?<=grid='\n).*?(?=')", "\n".join(rows), script))
+    edited.write_text(re.sub("(?s)(?<=grid=\"\n).*?(?=\")", "\n".join(rows), script))
     for program in PROGRAMS:
         (tmp_path / program).symlink_to(REPOSITORY / program)
     said = subprocess.run(["bash", edited, "--list", "--seeds", "1"], env=environment(), capture_output=True, text=True)
@@ -207,7 +223,7 @@ def test_list_names_what_the_environment_lacks(tmp_path):
         (["--jobs"], "--jobs needs a value"),
         (["--results-dir", "my results"], "--results-dir must be a path without spaces"),
         (["--results-dir", "/proc/nowhere"], "cannot write to /proc/nowhere"),
-        (["--line", "176"], "--line must be at most 175"),
+        (["--line", "291"], "--line must be at most 290"),
         (["--fast"], "there is no option --fast"),
         (["fig1"], "there is no option fig1"),
     ],
