@@ -17,7 +17,7 @@ from numpy.random import Generator
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from dst_td3 import TD3, Arguments, Batch, InputError, Layer, MaskedTD3, ReplayBuffer, adaptation_due, forward, main
+from dst_td3 import TD3, Arguments, Batch, Layer, MaskedTD3, ReplayBuffer, adaptation_due, forward, main
 
 LOG_STD_MIN, LOG_STD_MAX = -20.0, 2.0  # bounds of the Gaussian's logarithmic deviation, as SAC's authors have them
 
@@ -63,12 +63,14 @@ class SACArguments(Arguments):
         """Whether the sparse engine and its SAC are there and can train this agent."""
         return super().sparse_engine_fits and importlib.util.find_spec("sparse_sac") is not None
 
+    def validate(self) -> None:
+        """Raise InputError for the first argument that no run can use."""
+        super().validate()
+        self._require(0 < self.temperature < math.inf, "temperature", "a positive number")
+        self._require(self.target_interval > 0, "target_interval", "a positive whole number")
+
     def agent_class(self) -> type["SAC"]:
         """Return the class of agent to train. Raises InputError where machine or arguments do not allow it."""
-        if not 0 < self.temperature < math.inf:
-            raise InputError(f"--temperature must be a positive number, not {self.temperature}")
-        if self.target_interval < 1:
-            raise InputError(f"--target-interval must be a positive whole number, not {self.target_interval}")
         if super().agent_class() is MaskedTD3:
             return MaskedSAC
         from sparse_sac import SparseSAC

@@ -132,6 +132,38 @@ class Arguments:
         needed = map(importlib.util.find_spec, ("sparse_engine", "numba", "scipy", "threadpoolctl"))
         return all(needed) and self.device == "cpu" and not self.dense_moments
 
+    def _require(self, condition: bool, name: str, expected: str) -> None:
+        if not condition:
+            raise InputError(f"--{name.replace('_', '-')} must be {expected}, not {getattr(self, name)}")
+
+    def validate(self) -> None:
+        """Raise InputError for the first argument that no run can use."""
+        at_least_one = ("adapt_interval", "total_timesteps", "batch_size", "buffer_size", "policy_frequency", "threads")
+        for name in (*at_least_one, "updates_per_step", "eval_interval", "eval_episodes", "checkpoint_interval"):
+            self._require(getattr(self, name) > 0, name, "a positive whole number")
+        for name in ("seed", "learning_starts", "weight_decay", "exploration_noise", "policy_noise", "noise_clip"):
+            self._require(0 <= getattr(self, name) < math.inf, name, "zero or a positive number")
+        for name in ("drop_fraction", "adapt_until", "gamma", "tau", "step_exponent"):
+            self._require(0 <= getattr(self, name) <= 1, name, "between 0 and 1")
+        self._require(0 < self.learning_rate < math.inf, "learning_rate", "a positive number")
+        self._require(len(self.hidden) > 0 and min(self.hidden) > 0, "hidden", "one or more positive widths")
+        learning = f"more than --learning-starts ({self.learning_starts}), where learning starts"
+        self._require(self.total_timesteps > self.learning_starts, "total_timesteps", learning)
+        snapshots = all(0 < step <= self.total_timesteps for step in self.snapshot_at)
+        self._require(snapshots, "snapshot_at", f"steps of the run, 1 to {self.total_timesteps}")
+        self._require(self.sparsity is None or 0 <= self.sparsity < 1, "sparsity", "at least 0 and below 1")
+        if self.er_lambda is not None:
+            proper = len(self.er_lambda) == len(self.hidden) and all(0 < value < math.inf for value in self.er_lambda)
+            self._require(proper, "er_lambda", f"{len(self.hidden)} positive numbers, one for each hidden layer")
+        if self.sparsity is not None and self.er_lambda is not None:
+            raise InputError("--sparsity and --er-lambda both set the number of connections: give one of them")
+        for name in ("sparsity", "er_lambda", "dense_moments"):
+            if self.dense and getattr(self, name) not in (None, False):
+                raise InputError(f"--method {self.method} is dense: leave out --{name.replace('_', '-')}")
+        for flag, package in (("tensorboard", "tensorboard"), ("track", "wandb"), ("track", "tensorboard")):
+            if getattr(self, flag) and importlib.util.find_spec(package) is None:
+                raise InputError(f"--{flag} needs the package {package}: pip install {package}")
+
     def agent_class(self) -> type["TD3"]:
         """Return the class of agent to train. Raises InputError where machine or arguments do not allow it."""
         if self.device == "cuda" and not torch.cuda.is_available():
@@ -143,40 +175,6 @@ class Arguments:
         from sparse_engine import SparseTD3
 
         return SparseTD3
-
-
-def validate(args: Arguments) -> None:
-    """Raise InputError for the first argument that no run can use."""
-
-    def require(condition: bool, name: str, expected: str) -> None:
-        if not condition:
-            raise InputError(f"--{name.replace('_', '-')} must be {expected}, not {getattr(args, name)}")
-
-    at_least_one = ("adapt_interval", "total_timesteps", "batch_size", "buffer_size", "policy_frequency", "threads")
-    for name in (*at_least_one, "updates_per_step", "eval_interval", "eval_episodes", "checkpoint_interval"):
-        require(getattr(args, name) > 0, name, "a positive whole number")
-    for name in ("seed", "learning_starts", "weight_decay", "exploration_noise", "policy_noise", "noise_clip"):
-        require(0 <= getattr(args, name) < math.inf, name, "zero or a positive number")
-    for name in ("drop_fraction", "adapt_until", "gamma", "tau", "step_exponent"):
-        require(0 <= getattr(args, name) <= 1, name, "between 0 and 1")
-    require(0 < args.learning_rate < math.inf, "learning_rate", "a positive number")
-    require(len(args.hidden) > 0 and min(args.hidden) > 0, "hidden", "one or more positive widths")
-    learning = f"more than --learning-starts ({args.learning_starts}), where learning starts"
-    require(args.total_timesteps > args.learning_starts, "total_timesteps", learning)
-    snapshots = all(0 < step <= args.total_timesteps for step in args.snapshot_at)
-    require(snapshots, "snapshot_at", f"steps of the run, 1 to {args.total_timesteps}")
-    require(args.sparsity is None or 0 <= args.sparsity < 1, "sparsity", "at least 0 and below 1")
-    if args.er_lambda is not None:
-        proper = len(args.er_lambda) == len(args.hidden) and all(0 < value < math.inf for value in args.er_lambda)
-        require(proper, "er_lambda", f"{len(args.hidden)} positive numbers, one for each hidden layer")
-    if args.sparsity is not None and args.er_lambda is not None:
-        raise InputError("--sparsity and --er-lambda both set the number of connections: give one of them")
-    for name in ("sparsity", "er_lambda", "dense_moments"):
-        if args.dense and getattr(args, name) not in (None, False):
-            raise InputError(f"--method {args.method} is dense: leave out --{name.replace('_', '-')}")
-    for flag, package in (("tensorboard", "tensorboard"), ("track", "wandb"), ("track", "tensorboard")):
-        if getattr(args, flag) and importlib.util.find_spec(package) is None:
-            raise InputError(f"--{flag} needs the package {package}: pip install {package}")
 
 
 def with_topology(args: Arguments) -> Arguments:
@@ -193,11 +191,9 @@ def resolve(args: Arguments) -> Arguments:
     args = with_topology(args)
     begun = RunDirectory(args).begun_with()
     if args.device == "auto":
-        device = begun.get("device", "cuda" if torch.cuda.is_available() else "cpu")
-        args = dataclasses.replace(args, device=device)
+        args = dataclasses.replace(args, device=begun.get("device", "cuda" if torch.cuda.is_available() else "cpu"))
     if args.engine == "auto":
-        engine = begun.get("engine", "sparse" if args.sparse_engine_fits else "masked")
-        args = dataclasses.replace(args, engine=engine)
+        args = dataclasses.replace(args, engine=begun.get("engine", "sparse" if args.sparse_engine_fits else "masked"))
     return args
 
 
@@ -399,8 +395,7 @@ class MaskedNetwork:
     def minimize(self, loss: Tensor) -> None:
         """Take one Adam step down the gradient of ``loss``, within the topology."""
         # Not backward(): the actor's loss also runs through the critics, whose gradients are not wanted.
-        gradients = torch.autograd.grad(loss, self.parameters)
-        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+        for parameter, gradient in zip(self.parameters, torch.autograd.grad(loss, self.parameters), strict=True):
             parameter.grad = gradient
         if not self.args.dense_moments:
             for layer in self.layers:
@@ -571,13 +566,11 @@ class MaskedTD3(TD3):
 
     def update_critics(self, batch: Batch, noise: np.ndarray) -> None:
         """Fit both critics to the smaller target value; ``noise`` [batch, actions], unscaled, smooths the policy."""
-        observation, action, reward, next_observation, terminated = self._to_device(*batch)
+        observation, action, reward, next_observation, terminated, noise = self._to_device(*batch, noise)
         with torch.no_grad():
-            (noise,) = self._to_device(noise)
             noise = (noise * self.args.policy_noise).clamp(-self.args.noise_clip, self.args.noise_clip)
             next_action = policy(self.actor.target, next_observation, self.low, self.high)
-            next_action = next_action + noise * (self.high - self.low) / 2
-            next_action = torch.minimum(torch.maximum(next_action, self.low), self.high)
+            next_action = (next_action + noise * (self.high - self.low) / 2).clamp(self.low, self.high)
             next_values = forward(self.critics.target, torch.cat([next_observation, next_action], dim=-1))
             target_value = reward + self.args.gamma * (1 - terminated) * next_values.amin(dim=-3)  # of both critics
         values = forward(self.critics.layers, torch.cat([observation, action], dim=-1))
@@ -611,11 +604,10 @@ class CheckedEnvironment(gymnasium.Wrapper):
         if not math.isfinite(action.sum()):
             raise RunError("the policy's action is not finite (the networks have diverged)")
         observation, reward, terminated, truncated, information = self._checked(self.env.step, action)
-        reward = float(reward)
         for name, total in (("an observation", observation.sum()), ("a reward", reward)):
             if not math.isfinite(total):
                 raise RunError(f"{self.spec.id} returned {name} that is not finite")
-        return observation, reward, bool(terminated), bool(truncated), information
+        return observation, float(reward), bool(terminated), bool(truncated), information
 
     def _checked(self, function: Callable, *arguments, **options):
         try:
@@ -656,8 +648,7 @@ def evaluate(act: Callable, env: gymnasium.Env, episodes: int, seed: int) -> Ite
 def network_sizes(env: gymnasium.Env, args: Arguments) -> list[tuple[list[int], list[int]]]:
     """Return widths and connections of the layers of the actor and of each critic; InputError as count_connections."""
     observations, actions = env.observation_space.shape[0], env.action_space.shape[0]
-    outputs = actions * args.OUTPUTS_PER_ACTION
-    both = [observations, *args.hidden, outputs], [observations + actions, *args.hidden, 1]
+    both = [observations, *args.hidden, actions * args.OUTPUTS_PER_ACTION], [observations + actions, *args.hidden, 1]
     return [(widths, count_connections(widths, args.sparsity, args.er_lambda)) for widths in both]
 
 
@@ -765,8 +756,8 @@ def save_policy(path: Path, actor: list[Layer], bounds: tuple, env: str) -> None
         np.savez(file, **arrays)
 
 
-def read_policy(path: Path) -> tuple[list[Layer], Tensor, Tensor, str]:
-    """Read a policy's layers, its bounds [actions] and its environment. Raises InputError when it is none."""
+def read_policy(path: Path, env: str) -> tuple[list[Layer], Tensor, Tensor]:
+    """Read the layers and bounds [actions] of a policy for ``env``. Raises InputError when it is none."""
     try:
         arrays = read_arrays(path)
         layers = []
@@ -776,16 +767,16 @@ def read_policy(path: Path) -> tuple[list[Layer], Tensor, Tensor, str]:
             weight = torch.zeros(shape)
             weight[mask == 1] = torch.from_numpy(arrays[f"{index}.weight"])
             layers.append(Layer(weight, mask, torch.from_numpy(arrays[f"{index}.bias"])))
-        return layers, torch.from_numpy(arrays["low"]), torch.from_numpy(arrays["high"]), str(arrays["env"])
+        if (trained_for := str(arrays["env"])) != env:
+            raise InputError(f"{path} holds a policy for {trained_for}, not for {env}")
+        return layers, torch.from_numpy(arrays["low"]), torch.from_numpy(arrays["high"])
     except (KeyError, ValueError) as error:
         raise InputError(f"{path} is no policy that can be read: {error}") from error
 
 
 def load_policy(path: Path, env: str) -> Callable[[np.ndarray], np.ndarray]:
     """Read a policy for ``env`` as a function from observation to action. Raises InputError when it is none."""
-    layers, low, high, trained_for = read_policy(path)
-    if trained_for != env:
-        raise InputError(f"{path} holds a policy for {trained_for}, not for {env}")
+    layers, low, high = read_policy(path, env)
     return lambda observation: policy(layers, torch.from_numpy(observation).float()[None], low, high)[0].numpy()
 
 
@@ -943,16 +934,14 @@ class Run:
                 write_csv(self.directory.path / f"{name}.csv", rows)
         return row
 
-    def _topology_rows(self) -> list[dict]:
+    def _topology_rows(self) -> Iterator[dict]:
         """Describe how far the actor's and the first critic's topologies have moved from their first ones."""
-        rows = []
         for name, network in self.agent.networks.items():
             for layer, (mask, initial) in enumerate(network.topologies(), start=1):
                 alive = float((mask * initial).sum() / initial.sum())
                 inputs = " ".join(map(str, mask.sum(-1).astype(int))) if layer == 1 else ""
                 row = {"step": self.step, "network": name, "layer": layer}
-                rows.append({**row, "initial_connections_alive": alive, "connections_per_input": inputs})
-        return rows
+                yield {**row, "initial_connections_alive": alive, "connections_per_input": inputs}
 
     def save(self) -> None:
         """Write a checkpoint. Until its last moment the previous one stays whole, whatever happens."""
@@ -1127,20 +1116,30 @@ def train(args: Arguments) -> int:
     return 0
 
 
+def start(args: Arguments) -> int:
+    """Train, or with ``--describe`` only say what, and return the exit code. Raises InputError and RunError."""
+    args.validate()
+    args = resolve(args)
+    if args.describe:
+        print(describe(make_environment(args.env), args))
+        return 0
+    return train(args)
+
+
+def command_line(program: Callable[[str], int | None]) -> int:
+    """Run a program, which is told its name, and return the exit code; its error becomes one line on stderr."""
+    name = Path(sys.argv[0]).name
+    try:
+        return program(name) or 0
+    except (InputError, RunError) as error:
+        print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2 if isinstance(error, InputError) else 1
+
+
 def main(arguments: type[Arguments] = Arguments) -> int:
     """Run the command line of an algorithm and return its exit code."""
-    program = Path(sys.argv[0]).name
-    args = tyro.cli(arguments, prog=program)
     try:
-        validate(args)
-        args = resolve(args)
-        if args.describe:
-            print(describe(make_environment(args.env), args))
-            return 0
-        return train(args)
-    except (InputError, RunError) as error:
-        print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2 if isinstance(error, InputError) else 1
+        return command_line(lambda name: start(tyro.cli(arguments, prog=name)))
     except KeyboardInterrupt:  # before training has begun
         return 128 + signal.SIGINT
 

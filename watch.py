@@ -15,17 +15,16 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import gymnasium
-import imageio.v2
 import numpy as np
 import torch
 import tyro
 from tqdm import tqdm
 
 import dst_td3
-from dst_td3 import InputError, RunError, evaluate, load_policy, make_environment, replaced
+from dst_td3 import InputError, RunError, command_line, evaluate, load_policy, make_environment, replaced
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +37,28 @@ class Arguments:
     """write this .mp4 or .gif file, which needs no screen, instead of opening MuJoCo's viewer"""
     episodes: int = 10
     """episodes to play"""
+
+
+class FinishedRun(NamedTuple):
+    """What a finished run's policy is played with: its file, its environment, the seed of evaluations, CPU threads."""
+
+    policy: Path
+    env: str
+    evaluation_seed: int
+    threads: int
+
+
+def finished_run(directory: Path) -> FinishedRun:
+    """Read how to play the policy in a run's directory. Raises InputError where no finished run is."""
+    try:
+        trained = json.loads((directory / "config.json").read_text())["arguments"]
+        evaluation_seed = dst_td3.Arguments(seed=trained["seed"]).evaluation_seed
+        run = FinishedRun(directory / "policy.npz", trained["env"], evaluation_seed, int(trained["threads"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{directory} is not the directory of a run: {error}") from error
+    if not run.policy.exists():
+        raise InputError(f"{directory} has no policy.npz: a run writes it when it is finished")
+    return run
 
 
 class ShownEnvironment(gymnasium.Wrapper):
@@ -133,6 +154,8 @@ def video(name: str, path: Path) -> Iterator[gymnasium.Env]:
     suffix = path.suffix.lower()
     if suffix not in (".mp4", ".gif") or path.is_dir():
         raise InputError(f"--video must be a file that ends in .mp4 or .gif, not {path}")
+    import imageio.v2
+
     with ExitStack() as stack:
         try:
             file = stack.enter_context(replaced(path))
@@ -161,18 +184,11 @@ def watch(args: Arguments) -> None:
     """Play the episodes and print their returns. Raises InputError where no finished run is or none can be shown."""
     if args.episodes < 1:
         raise InputError(f"--episodes must be a positive whole number, not {args.episodes}")
-    try:
-        trained = json.loads((args.run_directory / "config.json").read_text())["arguments"]
-        name, seed = trained["env"], dst_td3.Arguments(seed=trained["seed"]).evaluation_seed
-        torch.set_num_threads(trained["threads"])  # as another number would round otherwise
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{args.run_directory} is not the directory of a run: {error}") from error
-    policy = args.run_directory / "policy.npz"
-    if not policy.exists():
-        raise InputError(f"{args.run_directory} has no policy.npz: a run writes it when it is finished")
-    act, returns = load_policy(policy, name), []
-    with video(name, args.video) if args.video else viewer(name) as env:
-        for total, length in evaluate(act, env, args.episodes, seed):
+    run = finished_run(args.run_directory)
+    torch.set_num_threads(run.threads)  # as another number would round otherwise
+    act, returns = load_policy(run.policy, run.env), []
+    with video(run.env, args.video) if args.video else viewer(run.env) as env:
+        for total, length in evaluate(act, env, args.episodes, run.evaluation_seed):
             returns.append(total)
             tqdm.write(f"episode {len(returns):>3}  return {total:9.1f}  {length:,} steps")
     print(f"mean return {np.mean(returns):.1f} +- {np.std(returns):.1f}")
@@ -180,15 +196,9 @@ def watch(args: Arguments) -> None:
 
 def main() -> int:
     """Run the command line and return its exit code."""
-    program = Path(sys.argv[0]).name
     for number in (signal.SIGINT, signal.SIGTERM):  # to leave by way of what removes the unfinished video
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
-    try:
-        watch(tyro.cli(Arguments, prog=program))
-    except (InputError, RunError) as error:
-        print(f"{program}: error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, InputError) else 1
-    return 0
+    return command_line(lambda name: watch(tyro.cli(Arguments, prog=name)))
 
 
 if __name__ == "__main__":

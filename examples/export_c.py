@@ -7,7 +7,6 @@ unit; a full one is a plain matrix.
 
 import dataclasses
 import itertools
-import json
 import sys
 import textwrap
 from pathlib import Path
@@ -18,8 +17,8 @@ import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import dst_td3
-from dst_td3 import InputError, Layer, RunError, load_policy, make_environment, policy, read_policy, replaced
+from dst_td3 import InputError, Layer, RunError, command_line, make_environment, policy, read_policy, replaced
+from watch import finished_run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,20 +45,12 @@ class Policy(NamedTuple):
 
 def read_run(run_directory: Path) -> Policy:
     """Read the policy of a finished run. Raises InputError where there is none, or none that can be used."""
-    try:
-        trained = json.loads((run_directory / "config.json").read_text())["arguments"]
-        env, seed = trained["env"], dst_td3.Arguments(seed=trained["seed"]).evaluation_seed
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{run_directory} is not the directory of a run: {error}") from error
-    path = run_directory / "policy.npz"
-    if not path.exists():
-        raise InputError(f"{run_directory} has no policy.npz: a run writes it when it is finished")
-    load_policy(path, env)  # says where it is another environment's
-    layers, low, high, _ = read_policy(path)
+    run = finished_run(run_directory)
+    layers, low, high = read_policy(run.policy, run.env)
     layers = [Layer(*(tensor.numpy() for tensor in layer)) for layer in layers]
     if not all(np.isfinite(array).all() for layer in layers for array in layer):
-        raise InputError(f"{path} has weights that are not finite: its networks had diverged")
-    return Policy(env, seed, layers, low.numpy(), high.numpy())
+        raise InputError(f"{run.policy} has weights that are not finite: its networks had diverged")
+    return Policy(run.env, run.evaluation_seed, layers, low.numpy(), high.numpy())
 
 
 def require_fit(trained: Policy) -> None:
@@ -276,13 +267,7 @@ def export(args: Arguments) -> None:
 
 def main() -> int:
     """Run the command line and return its exit code."""
-    program = Path(sys.argv[0]).name
-    try:
-        export(tyro.cli(Arguments, prog=program))
-    except (InputError, RunError) as error:
-        print(f"{program}: error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, InputError) else 1
-    return 0
+    return command_line(lambda name: export(tyro.cli(Arguments, prog=name)))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import numpy as np
 import tyro
 from export_c import Policy, c_array, c_header, observe, read_run, require_fit
 
-from dst_td3 import InputError, RunError, evaluate, make_environment
+from dst_td3 import InputError, RunError, command_line, evaluate, make_environment
 
 STANDARD = ("-std=c99", "-Wall", "-Wextra", "-Werror", "-pedantic", "-O2")
 BOARD = (
@@ -199,25 +199,23 @@ def rows(trained: Policy, episodes: int) -> list[str]:
     return lines
 
 
+def print_table(args: Arguments) -> None:
+    """Measure the policies and print the table. Raises InputError where a tool or a policy is missing, and RunError."""
+    if missing := [tool for tool in TOOLS if shutil.which(tool) is None]:
+        raise InputError(
+            f"{', '.join(missing)} not found: on Debian, apt install gcc gcc-arm-none-eabi "
+            "libnewlib-arm-none-eabi qemu-system-arm"
+        )
+    policies = [read_run(directory) for directory in args.run_directories]
+    print("| sparsity | weights | connections | flash bytes | RAM bytes | instructions an action | return |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    for trained in policies:
+        print("\n".join(rows(trained, args.episodes)), flush=True)
+
+
 def main() -> int:
     """Run the command line and return its exit code."""
-    program = Path(sys.argv[0]).name
-    args = tyro.cli(Arguments, prog=program)
-    try:
-        if missing := [tool for tool in TOOLS if shutil.which(tool) is None]:
-            raise InputError(
-                f"{', '.join(missing)} not found: on Debian, apt install gcc gcc-arm-none-eabi "
-                "libnewlib-arm-none-eabi qemu-system-arm"
-            )
-        policies = [read_run(directory) for directory in args.run_directories]
-        print("| sparsity | weights | connections | flash bytes | RAM bytes | instructions an action | return |")
-        print("| --- | --- | --- | --- | --- | --- | --- |")
-        for trained in policies:
-            print("\n".join(rows(trained, args.episodes)), flush=True)
-    except (InputError, RunError) as error:
-        print(f"{program}: error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, InputError) else 1
-    return 0
+    return command_line(lambda name: print_table(tyro.cli(Arguments, prog=name)))
 
 
 if __name__ == "__main__":

@@ -30,9 +30,8 @@ from torch.optim import Optimizer
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dst_td3 import (
     Arguments,
-    InputError,
-    RunError,
     adaptation_due,
+    command_line,
     count_connections,
     drop_and_grow,
     erdos_renyi_topology,
@@ -40,7 +39,6 @@ from dst_td3 import (
     prune_target,
     replaced,
     target_support,
-    validate,
 )
 
 
@@ -153,7 +151,7 @@ def train(
         output: write the model to this file, as SB3's save does
     """
     args = Arguments(env=env, sparsity=sparsity, total_timesteps=total_timesteps, learning_starts=10_000, seed=seed)
-    validate(args)
+    args.validate()
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # moments that decay towards zero would slow a CPU many times over
     environment, evaluation = (
@@ -178,13 +176,7 @@ def train(
 
 def main() -> int:
     """Run the command line and return its exit code."""
-    program = Path(sys.argv[0]).name
-    try:
-        tyro.cli(train, prog=program)
-    except (InputError, RunError) as error:
-        print(f"{program}: error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, InputError) else 1
-    return 0
+    return command_line(lambda name: tyro.cli(train, prog=name))
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def untrained_run(folder: Path, env: str = "HalfCheetah-v4", widths=(17, 256, 25
     connections = dst_td3.count_connections(widths, sparsity)
     layers = dst_td3.initial_layers(widths, connections, np.random.default_rng(0))
     bounds = (np.full(widths[-1], -1, dtype=np.float32), np.full(widths[-1], 1, dtype=np.float32))
-    (folder / "config.json").write_text(json.dumps({"arguments": {"env": env, "seed": 0}}))
+    (folder / "config.json").write_text(json.dumps({"arguments": {"env": env, "seed": 0, "threads": 1}}))
     dst_td3.save_policy(folder / "policy.npz", layers, bounds, env)
     return folder
 
@@ -300,8 +300,8 @@ def sparse_layers(model) -> list[tuple]:
 
 @pytest.mark.parametrize("algorithm", ["td3", "sac"])
 def test_masks_counts_and_moments_hold_at_every_step(sb3, monkeypatch, algorithm):
-    """Set SB3_STEPS for a longer run than this one of 1,200 updates."""
-    steps, looked_at, first_and_last = int(os.environ.get("SB3_STEPS", 11_200)), [], {}
+    """Set SB3_STEPS for a longer run than this one of 1,700 updates, whose topology adapts once."""
+    steps, looked_at, first_and_last = int(os.environ.get("SB3_STEPS", 11_700)), [], {}
 
     class Checked(sb3.DynamicSparseTraining):
         def _on_rollout_start(self):

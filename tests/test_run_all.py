@@ -191,7 +191,7 @@ def test_a_row_takes_any_options(tmp_path):
         "fig4  Hopper-v4  ds-td3  --sparsity 0.8 --initial-policy 70% --hidden 32 32",
     )
     script, edited = SCRIPT.read_text(), tmp_path / "run_all.sh"
-    edited.write_text(re.sub("(?s)(?<=grid=\"\n).*?(?=\")", "\n".join(rows), script))
+    edited.write_text(re.sub('(?s)(?<=grid="\n).*?(?=")', "\n".join(rows), script))
     for program in PROGRAMS:
         (tmp_path / program).symlink_to(REPOSITORY / program)
     said = subprocess.run(["bash", edited, "--list", "--seeds", "1"], env=environment(), capture_output=True, text=True)

@@ -151,6 +151,16 @@ def test_missing_graphics_are_said(watch_here, stand, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_an_environment_that_fails_is_said_in_one_line(watch_here, stand, monkeypatch):
+    def fail(self, action):
+        raise ValueError("of two\nlines")
+
+    monkeypatch.setattr(glfw, "init", lambda: False)
+    monkeypatch.setattr(HopperEnv, "step", fail)
+    code, _, error = watch_here(stand)
+    assert (code, error) == (1, "watch.py: error: Hopper-v4 failed with ValueError: of two lines\n")
+
+
 @pytest.mark.parametrize("further", [(), ("--video", "agent.gif")])
 def test_an_impossible_way_to_draw_is_said(stand, tmp_path, further):
     shown = run_watch(stand, *further, MUJOCO_GL="crayons")
