@@ -118,9 +118,7 @@ class Emitter:
 
     def variable(self, value):
         """Return a new variable, kept in a register, that holds ``value``."""
-        variable = cgutils.alloca_once(self.builder, value.type)
-        self.builder.store(value, variable)
-        return variable
+        return cgutils.alloca_once_value(self.builder, value)
 
     def add_to(self, variable, a, b) -> None:
         """Add the product ``a * b`` to a variable."""
@@ -359,9 +357,8 @@ def prune_target(bits: np.ndarray, extra_bits: np.ndarray, guess: int) -> int:
             guess = min(low + step, largest - 1)
         else:
             guess = (low + high) // 2 if low >= 0 else max(high - step, 0)
-    zero_up_to(bits, low)
-    zero_up_to(extra_bits, low)
     for weights in (bits, extra_bits):
+        zero_up_to(weights, low)
         for k in range(len(weights) if dropped < surplus else 0):
             if weights[k] & largest == high and dropped < surplus:
                 weights[k] = 0
@@ -414,21 +411,25 @@ class Arrays(NamedTuple):
     extra_start: np.ndarray  # [R + 1] the target's extras into row r
     extra_index: np.ndarray  # [E] their inputs
     extra_weight: np.ndarray  # [E]
-    step_scale: np.ndarray  # [N * L + 1] by what Adam's steps are multiplied in each layer's weights, and in all biases
-    step_stop: np.ndarray  # [N * L + 1] where each of these parts of the parameters ends
-    prune_guess: np.ndarray  # [N * L] bits of the last magnitude that was pruned, where the next search starts
+    part_start: np.ndarray  # [N * L + 2] where parameters start that are a layer's weights, then all biases; their end
+    step_scale: np.ndarray  # [N * L + 1] by what Adam's steps are multiplied in each of these parts
+    prune_guess: np.ndarray  # [N, L] bits of the last magnitude that was pruned, where the next search starts
 
 
 @njit(**COMPILED)
-def forward(network: Arrays, n: int, target: bool, values: np.ndarray, batch: int) -> None:
-    """Apply network ``n`` of a stack, or its target, to the inputs in ``values``, with ReLU between its layers."""
+def forward(network: Arrays, n: int, target: bool, values: np.ndarray, batch: int) -> np.ndarray:
+    """Apply network ``n`` of a stack, or its target, to the inputs in ``values``, with ReLU between its layers.
+
+    Returns a view of its outputs [outputs, padded batch].
+    """
     parameters = network.target if target else network.parameters
     inputs, widths, bands = network.sizes[0], network.sizes[1:], network.bands
     source, row, segment = 0, n * widths.sum(), n * (widths * bands).sum()
     for layer in range(len(widths)):
         floor = 0.0 if layer < len(widths) - 1 else -np.inf
         if network.full[layer]:
-            weight = parameters[network.segment_start[segment] : network.segment_start[segment + widths[layer]]]
+            part = n * len(widths) + layer
+            weight = parameters[network.part_start[part] : network.part_start[part + 1]]
             bias = parameters[len(network.input_index) + row :][: widths[layer]]
             full_forward(values, source, inputs + row, weight, bias, floor, batch)
         else:
@@ -436,6 +437,7 @@ def forward(network: Arrays, n: int, target: bool, values: np.ndarray, batch: in
         source = inputs + row
         row += widths[layer]
         segment += widths[layer] * bands[layer]
+    return units(values, source, widths[-1], batch)
 
 
 @njit(**COMPILED)
@@ -447,10 +449,10 @@ def sparse_forward(network, parameters, target, layer, first_segment, row, value
     for tile in range(tiles):
         first, last = tile * half_vectors // tiles, (tile + 1) * half_vectors // tiles
         offset = first * VECTOR_BYTES // 2 // values.itemsize
-        segment = first_segment
         for band in range(bands):
             last_band = band == bands - 1
             for r in range(outputs):
+                segment = first_segment + band * outputs + r
                 extra_start = extra_stop = np.uint32(0)
                 if target and last_band:
                     extra_start, extra_stop = network.extra_start[row + r], network.extra_start[row + r + 1]
@@ -460,7 +462,6 @@ def sparse_forward(network, parameters, target, layer, first_segment, row, value
                     network.input_index, network.segment_start[segment], network.segment_start[segment + 1],
                     network.extra_weight, network.extra_index, extra_start, extra_stop
                 )  # fmt: skip
-                segment += 1
 
 
 @njit(**COMPILED)
@@ -490,19 +491,18 @@ def backward(network: Arrays, n: int, values: np.ndarray, batch: int, first_inpu
     hidden units, before their ReLU, take the place of their values.
     """
     inputs, widths, weight = network.sizes[0], network.sizes[1:], network.parameters
-    row = (n + 1) * widths.sum()
+    to = inputs + (n + 1) * widths.sum()
     for layer in range(len(widths) - 1, 0, -1):
-        row -= widths[layer]
-        at = inputs + row - widths[layer - 1]
-        backward_layer(network, n, layer, values, at, inputs + row, 0, 0.0, weight, gradient, batch)
-    row -= widths[0]
+        to -= widths[layer]
+        backward_layer(network, n, layer, values, to - widths[layer - 1], to, 0, 0.0, weight, gradient, batch)
+    to -= widths[0]
     if gradient is None:
-        backward_layer(network, n, 0, values, 0, inputs + row, first_input, -np.inf, weight, None, batch)
+        backward_layer(network, n, 0, values, 0, to, first_input, -np.inf, weight, None, batch)
     else:
-        backward_layer(network, n, 0, values, 0, inputs + row, 0, -np.inf, None, gradient, batch)
+        backward_layer(network, n, 0, values, 0, to, 0, -np.inf, None, gradient, batch)
         stride, _ = batch_layout(batch, values.itemsize)
-        for r in range(row, row + widths.sum()):
-            gradient[len(network.input_index) + r] = values[(inputs + r) * stride :][:batch].sum()
+        for unit in range(to, to + widths.sum()):
+            gradient[len(network.input_index) + unit - inputs] = values[unit * stride :][:batch].sum()
 
 
 @njit(**COMPILED)
@@ -511,10 +511,10 @@ def backward_layer(network, n, layer, values, at, delta_at, first_input, gate, w
 
     The inputs are the units from ``at`` on; the gradients of the outputs are in the units from ``delta_at`` on.
     """
-    widths, inputs, outputs = network.sizes[1:], network.sizes[layer], network.sizes[layer + 1]
+    inputs, outputs = network.sizes[layer], network.sizes[layer + 1]
     if network.full[layer]:
-        segment = n * (widths * network.bands).sum() + (widths * network.bands)[:layer].sum()
-        first, end = network.segment_start[segment], network.segment_start[segment + outputs]
+        part = n * len(network.bands) + layer
+        first, end = network.part_start[part], network.part_start[part + 1]
         full_backward(values, first, end, outputs, at, delta_at, first_input, gate, weight, gradient, batch)
         return
     stride, half_vectors = batch_layout(batch, values.itemsize)
@@ -540,8 +540,7 @@ def full_backward(values, first, end, outputs, at, delta_at, first_input, gate, 
     """Do ``backward_layer`` for a full layer, whose connections are those from ``first`` to ``end``."""
     inputs = (end - first) // outputs
     delta, x = units(values, delta_at, outputs, batch), units(values, at, inputs, batch)
-    for o in range(outputs):
-        delta[o, batch:] = 0
+    delta[:, batch:] = 0
     if gradient is not None:
         np.dot(delta, x.T, gradient[first:end].reshape(outputs, inputs))
     if weight is not None:
@@ -559,15 +558,13 @@ def adam_step(network: Arrays, steps: int, learning_rate: float, weight_decay: n
     number = parameters.dtype.type
     root_scale = number(1 / math.sqrt(1 - BETAS[1] ** steps))  # both moments start at zero, which is corrected
     first_rate, second_rate, epsilon = number(1 - BETAS[0]), number(1 - BETAS[1]), number(1e-8)
-    start = 0
-    for scale, stop in zip(network.step_scale, network.step_stop):  # noqa: B905  numba knows no strict
+    for part, scale in enumerate(network.step_scale):
         step_size = number(learning_rate * scale / (1 - BETAS[0] ** steps))
-        for k in range(start, stop):
+        for k in range(network.part_start[part], network.part_start[part + 1]):
             g = gradient[k] + weight_decay * parameters[k]
             first[k] += first_rate * (g - first[k])
             second[k] += second_rate * (g * g - second[k])
             parameters[k] -= step_size * first[k] / (math.sqrt(second[k]) * root_scale + epsilon)
-        start = stop
 
 
 @njit(**COMPILED)
@@ -578,15 +575,13 @@ def soft_update(network: Arrays, target_bits: np.ndarray, extra_bits: np.ndarray
         target[k] += tau * (parameters[k] - target[k])
     for k in range(len(extra_weight)):
         extra_weight[k] -= tau * extra_weight[k]
-    row, segment = 0, 0
-    for block in range(len(network.prune_guess)):
-        layer = block % len(network.bands)
-        next_row = row + network.sizes[1 + layer]
-        next_segment = segment + network.sizes[1 + layer] * network.bands[layer]
-        bits = target_bits[network.segment_start[segment] : network.segment_start[next_segment]]
+    guesses, row = network.prune_guess.reshape(-1), 0
+    for part in range(len(guesses)):
+        next_row = row + network.sizes[1 + part % len(network.bands)]
+        bits = target_bits[network.part_start[part] : network.part_start[part + 1]]
         extras = extra_bits[network.extra_start[row] : network.extra_start[next_row]]
-        network.prune_guess[block] = prune_target(bits, extras, network.prune_guess[block])
-        row, segment = next_row, next_segment
+        guesses[part] = prune_target(bits, extras, guesses[part])
+        row = next_row
 
 
 # What a connection keeps from one topology to the next.
@@ -651,9 +646,7 @@ def allocate(blocks: list[Block], layers: int, dtype: np.dtype) -> Arrays:
     index = np.uint16 if max(sizes) <= 1 << 16 else np.uint32
     return Arrays(
         sizes=np.array(sizes),
-        bands=np.array([block.bands for block in blocks[:layers]]),
-        full=np.array([block.full for block in blocks[:layers]]),
-        column_bands=np.array([block.column_bands for block in blocks[:layers]]),
+        **{name: np.array([getattr(b, name) for b in blocks[:layers]]) for name in ("bands", "full", "column_bands")},
         segment_start=np.zeros(segments + 1, np.uint32),
         input_index=np.zeros(connections, index),
         column_start=np.zeros(columns + 1, np.uint32),
@@ -663,9 +656,9 @@ def allocate(blocks: list[Block], layers: int, dtype: np.dtype) -> Arrays:
         extra_start=np.zeros(rows + 1, np.uint32),
         extra_index=np.zeros(0, index),
         extra_weight=np.zeros(0, dtype),
+        part_start=np.array([0, *(block.connections.stop for block in blocks), connections + rows]),
         step_scale=np.ones(len(blocks) + 1),
-        step_stop=np.array([*(block.connections.stop for block in blocks), connections + rows]),
-        prune_guess=np.zeros(len(blocks), np.int64),
+        prune_guess=np.zeros((len(blocks) // layers, layers), np.int64),
     )
 
 
@@ -704,20 +697,18 @@ class SparseNetwork:
         arrays, (topology, place) = self.arrays, self._topology(block)
         size = block.inputs * block.outputs
         kept, grown = drop_and_grow(arrays.parameters[place], topology, size, self.args.drop_fraction, rng)
-        adapted = np.concatenate([topology[kept], grown])
-        order = np.argsort(adapted, kind="stable")
-        adapted = adapted[order]
-        carried = {}
+        adapted = np.sort(np.concatenate([topology[kept], grown]))
+        carried = {name: np.zeros(len(adapted), arrays.parameters.dtype) for name in CARRIED}
+        stayed = np.searchsorted(adapted, topology[kept])
         for name in ("parameters", "first_moment", "second_moment"):
-            values = getattr(arrays, name)[place][kept]
-            carried[name] = np.concatenate([values, np.zeros(len(grown), values.dtype)])[order]
+            carried[name][stayed] = getattr(arrays, name)[place[kept]]
 
         positions = np.concatenate([topology, extra_positions])
         values = np.concatenate([arrays.target[place], extra_weight])
-        target, extra = np.zeros(len(adapted), values.dtype), values != 0
+        extra = values != 0
         _, there, here = np.intersect1d(adapted, positions, assume_unique=True, return_indices=True)
-        target[there], extra[here] = values[here], False
-        self._write(block, adapted, target=target, **carried)
+        carried["target"][there], extra[here] = values[here], False
+        self._write(block, adapted, **carried)
         return positions[extra], values[extra]
 
     def _topology(self, block: Block) -> tuple[np.ndarray, np.ndarray]:
@@ -828,12 +819,11 @@ class SparseNetwork:
                 raise ValueError(f"its connections do not fit a layer of {block.inputs} x {block.outputs}")
             if (np.diff(state["topology"][block.connections]) <= 0).any():
                 raise ValueError("its connections are out of order")
-        connections = len(self.arrays.input_index)
+        for name in CARRIED:
+            getattr(self.arrays, name)[:] = state[name]  # the biases; the weights still go to their places
         for block in self.blocks:
             carried = {name: state[name][block.connections] for name in CARRIED}
             self._write(block, state["topology"][block.connections], **carried)
-        for name in CARRIED:
-            getattr(self.arrays, name)[connections:] = state[name][connections:]
         self._write_extras(extras)
         self.steps = state["steps"].copy()
 
@@ -852,18 +842,12 @@ class Settings(NamedTuple):
 
 
 @njit(**COMPILED)
-def gather(values: np.ndarray, first: int, rows: np.ndarray, picks: np.ndarray, start: int, stop: int) -> None:
-    """Write the columns ``start`` to ``stop`` of picked rows of a replay buffer into the units from ``first`` on."""
+def gather(values: np.ndarray, rows: np.ndarray, picks: np.ndarray, start: int, stop: int) -> None:
+    """Write the columns ``start`` to ``stop`` of picked rows of a replay buffer into the first units."""
     stride, _ = batch_layout(len(picks), values.itemsize)
     for b in range(len(picks)):
         for column in range(start, stop):
-            values[(first + column - start) * stride + b] = rows[picks[b], column]
-
-
-@njit(**COMPILED)
-def first_output(network: Arrays, n: int) -> int:
-    """Return the number of the first unit of the last layer of network ``n``."""
-    return network.sizes[0] + (n + 1) * network.sizes[1:].sum() - network.sizes[-1]
+            values[(column - start) * stride + b] = rows[picks[b], column]
 
 
 @njit(**COMPILED)
@@ -883,8 +867,7 @@ def tanh(values: np.ndarray) -> None:
 @njit(**COMPILED)
 def policy(actor: Arrays, target: bool, values: np.ndarray, batch: int) -> np.ndarray:
     """Apply an actor, or its target; return its outputs, within [-1, 1], as a view [actions, padded batch]."""
-    forward(actor, 0, target, values, batch)
-    outputs = units(values, first_output(actor, 0), actor.sizes[-1], batch)
+    outputs = forward(actor, 0, target, values, batch)
     tanh(outputs.reshape(outputs.size))
     return outputs
 
@@ -910,19 +893,42 @@ def square_errors(output, next_values, rows, picks, reward, gamma):
     return loss, mean_value
 
 
+@njit(**COMPILED, inline="always")  # a loop that is to run in threads must be in the caller itself
+def target_values(critics, values, rows, picks):
+    """Return all target critics' values [networks, batch] of the next observations and the actions in ``values``.
+
+    The batch are the ``picks`` among a replay buffer's ``rows``, whose columns are those of a ``Batch``.
+    """
+    next_values = np.empty((len(critics.prune_guess), len(picks)), values.dtype)
+    gather(values, rows, picks, critics.sizes[0] + 1, rows.shape[1] - 1)
+    for n in prange(len(next_values)):
+        next_values[n] = forward(critics, n, True, values, len(picks))[0, : len(picks)]
+    return next_values
+
+
+@njit(**COMPILED, inline="always")
+def fit_critics(critics, values, rows, picks, next_values, settings, steps):
+    """Fit all critics to the smallest of ``next_values`` [networks, batch]; return the loss and the mean value."""
+    size, reward = len(picks), critics.sizes[0]
+    gather(values, rows, picks, 0, reward)
+    losses, mean_values = np.empty(len(next_values)), np.empty(len(next_values))
+    for n in prange(len(next_values)):
+        output = forward(critics, n, False, values, size)[0]
+        losses[n], mean_values[n] = square_errors(output, next_values, rows, picks, reward, settings.gamma)
+        backward(critics, n, values, size, 0, critics.gradient)
+    adam_step(critics, steps, settings.learning_rate, settings.weight_decay)
+    return losses.sum(), mean_values.mean()
+
+
 @njit(**COMPILED)
 def update_critics(actor, critics, actor_values, values, rows, picks, noise, settings, steps):
     """Fit all critics to the smallest of the target critics' values (clipped double Q-learning).
 
-    The batch are the ``picks`` among a replay buffer's ``rows``, whose columns are those of a ``Batch``. Returns the
-    loss and the mean value.
+    The batch is as in ``target_values``. Returns the loss and the mean value.
     """
     low, high = settings.low, settings.high
     size, observations, actions = len(picks), actor.sizes[0], len(low)
-    reward, following = observations + actions, observations + actions + 1
-    networks = len(critics.prune_guess) // len(critics.bands)
-
-    gather(actor_values, 0, rows, picks, following, following + observations)
+    gather(actor_values, rows, picks, observations + actions + 1, rows.shape[1] - 1)
     outputs = policy(actor, True, actor_values, size)
     next_action = units(values, observations, actions, size)
     for a in range(actions):
@@ -930,51 +936,38 @@ def update_critics(actor, critics, actor_values, values, rows, picks, noise, set
         for b in range(size):
             smoothing = max(-settings.noise_clip, min(noise[b, a] * settings.policy_noise, settings.noise_clip))
             next_action[a, b] = min(max(outputs[a, b] * half + middle + smoothing * half, low[a]), high[a])
-    gather(values, 0, rows, picks, following, following + observations)
-    next_values = np.empty((networks, size), values.dtype)
-    for n in prange(networks):
-        forward(critics, n, True, values, size)
-        next_values[n] = units(values, first_output(critics, n), 1, size)[0, :size]
-
-    gather(values, 0, rows, picks, 0, reward)
-    losses, mean_values = np.empty(networks), np.empty(networks)
-    for n in prange(networks):
-        forward(critics, n, False, values, size)
-        output = units(values, first_output(critics, n), 1, size)[0]
-        losses[n], mean_values[n] = square_errors(output, next_values, rows, picks, reward, settings.gamma)
-        backward(critics, n, values, size, 0, critics.gradient)
-    adam_step(critics, steps, settings.learning_rate, settings.weight_decay)
-    return losses.sum(), mean_values.mean()
+    return fit_critics(critics, values, rows, picks, target_values(critics, values, rows, picks), settings, steps)
 
 
-# With two threads each critic has one to itself; the arithmetic, and so every bit, stays the same. A thread inherits
-# from the one that starts it how denormals are treated.
-CRITICS_ALONE = {"prange": True, **dict.fromkeys(("comprehension", "inplace_binop", "numpy", "setitem"), False)}
-# A name of its own keeps it apart from the other in numba's cache.
-OWN_NAME = update_critics.py_func.__code__.replace(co_qualname="update_critics_in_threads")
-update_critics_in_threads = njit(**COMPILED, parallel=CRITICS_ALONE)(FunctionType(OWN_NAME, globals()))
+def in_threads(update):
+    """Compile an update of critics again, each critic by a thread of its own; every bit of what it does stays the same.
+
+    A thread inherits from the one that starts it how denormals are treated.
+    """
+    options = {"prange": True, **dict.fromkeys(("comprehension", "inplace_binop", "numpy", "setitem"), False)}
+    # A name of its own keeps it apart from the other in numba's cache.
+    code = update.py_func.__code__.replace(co_qualname="update_critics_in_threads")
+    return njit(**COMPILED, parallel=options)(FunctionType(code, update.py_func.__globals__))
 
 
 @njit(**COMPILED)
 def update_actor(actor, critics, actor_values, values, rows, picks, settings, steps):
     """Move the actor towards actions that the first critic values more (deterministic policy gradient).
 
-    The batch is as in ``update_critics``. Returns the loss.
+    The batch is as in ``target_values``. Returns the loss.
     """
     low, high = settings.low, settings.high
     size, observations, actions = len(picks), actor.sizes[0], len(low)
-    gather(actor_values, 0, rows, picks, 0, observations)
+    gather(actor_values, rows, picks, 0, observations)
     outputs, action = policy(actor, False, actor_values, size), units(values, observations, actions, size)
     for a in range(actions):
         half, middle = (high[a] - low[a]) / 2, (high[a] + low[a]) / 2
         for b in range(size):
             action[a, b] = outputs[a, b] * half + middle
-    gather(values, 0, rows, picks, 0, observations)
-    forward(critics, 0, False, values, size)
-    output = units(values, first_output(critics, 0), 1, size)[0]
+    gather(values, rows, picks, 0, observations)
+    output = forward(critics, 0, False, values, size)[0]
     loss = -output[:size].mean()
-    output[:size] = -1 / size
-    output[size:] = 0
+    output[:size], output[size:] = -1 / size, 0
     backward(critics, 0, values, size, observations, None)
     for a in range(actions):
         outputs[a, size:] = 0
@@ -994,7 +987,7 @@ def outputs_for_one(actor: Arrays, observation: np.ndarray) -> np.ndarray:
     for layer in range(len(actor.bands)):
         y = biases[row : row + actor.sizes[layer + 1]].copy()
         if actor.full[layer]:
-            weight = actor.parameters[actor.segment_start[segment] : actor.segment_start[segment + len(y)]]
+            weight = actor.parameters[actor.part_start[layer] : actor.part_start[layer + 1]]
             y += np.dot(weight.reshape(len(y), len(x)), x)
             segment += len(y)
         else:
@@ -1021,7 +1014,7 @@ def act(actor: Arrays, observation: np.ndarray, low: np.ndarray, high: np.ndarra
 class SparseTD3(TD3):
     """TD3 on sparse networks, on one CPU. The first one after an installation compiles the kernels."""
 
-    CRITIC_UPDATES = (update_critics, update_critics_in_threads)  # by one thread, and by several
+    CRITIC_UPDATES = (update_critics, in_threads(update_critics))  # by one thread, and by several
 
     def __init__(self, actor: list[Layer], critics: list[Layer], bounds: tuple, args: Arguments):
         self.dtype = actor[0].weight.dtype.type
@@ -1032,8 +1025,9 @@ class SparseTD3(TD3):
         threadpool_limits(1, "blas")  # a second thread takes a critic of its own
         if args.threads > 1:  # starting numba's threads would give torch as many, against its own setting
             numba.set_num_threads(min(args.threads, numba.config.NUMBA_NUM_THREADS))
+        vector, matrix = np.zeros(1, self.dtype), np.zeros((1, 1), self.dtype)  # for their types; lengths do not matter
         with event.install_listener("numba:compile", CompilationNotice()):
-            for function, arguments in self._calls():
+            for function, arguments in self._calls(vector, (matrix, np.zeros(1, np.int64)), matrix):
                 function.compile(tuple(map(numba.typeof, arguments)))
 
     def act(self, observation: np.ndarray) -> np.ndarray:
@@ -1045,43 +1039,42 @@ class SparseTD3(TD3):
         return buffer.rows, buffer.draw(self.args.batch_size, rng)
 
     def update_critics(self, batch: tuple[np.ndarray, np.ndarray], noise: np.ndarray) -> None:
-        """Fit both critics to the smaller target value; ``noise`` [batch, actions], unscaled, smooths the policy."""
+        """Fit both critics to the smaller target value; ``noise`` [batch, actions], unscaled, is for next actions."""
         self.critics.steps += 1
-        update = self.CRITIC_UPDATES[self.args.threads > 1]
-        loss, value = update(*self._spaces(batch), noise, self.settings, int(self.critics.steps))
+        loss, value = self._critic_update(*self._arguments(self.critics, batch, noise))
         self.losses |= {"critic_loss": loss, "value": value}
 
     def update_actor(self, batch: tuple[np.ndarray, np.ndarray]) -> None:
         """Move the actor towards actions that the first critic values more (deterministic policy gradient)."""
         self.actor.steps += 1
-        loss = update_actor(*self._spaces(batch), self.settings, int(self.actor.steps))
+        loss = update_actor(*self._arguments(self.actor, batch))
         self.losses |= {"actor_loss": loss}
 
-    def _spaces(self, batch: tuple[np.ndarray, np.ndarray]) -> tuple:
-        """Return the networks, room for the values of all their units, and the batch."""
-        batch_size = len(batch[1])
-        if batch_size != self.batch_size:
-            self.batch_size = batch_size
-            self.activations = tuple(activations(network.arrays, batch_size) for network in (self.actor, self.critics))
-        return self.actor.arrays, self.critics.arrays, *self.activations, *batch
+    @property
+    def _critic_update(self) -> Callable:
+        return self.CRITIC_UPDATES[self.args.threads > 1]
 
-    def _calls(self) -> Iterator[tuple[Callable, tuple]]:
-        """Yield the functions that the agent calls, with arguments of the types that they take."""
-        observations, actions = int(self.actor.arrays.sizes[0]), len(self.settings.low)
-        batch = np.zeros((1, 2 * observations + actions + 2), self.dtype), np.zeros(1, np.int64)
-        yield act, (self.actor.arrays, batch[0][0, :observations], *self.bounds)
-        update = self.CRITIC_UPDATES[self.args.threads > 1]
-        yield update, (*self._spaces(batch), np.zeros((1, actions), self.dtype), self.settings, 1)
-        yield update_actor, (*self._spaces(batch), self.settings, 1)
+    def _arguments(self, network: SparseNetwork, batch: tuple[np.ndarray, np.ndarray], *rest) -> tuple:
+        """Return what the update of ``network`` takes, with room for the values of all units."""
+        stacks = self.actor.arrays, self.critics.arrays
+        if len(batch[1]) != self.batch_size:
+            self.batch_size = len(batch[1])
+            self.activations = tuple(activations(stack, self.batch_size) for stack in stacks)
+        return *stacks, *self.activations, *batch, *rest, self.settings, int(network.steps)
+
+    def _calls(self, observation: np.ndarray, batch: tuple, noise: np.ndarray) -> Iterator[tuple[Callable, tuple]]:
+        """Yield the compiled functions that the agent calls, with arguments of the types that they take."""
+        yield act, (self.actor.arrays, observation, *self.bounds)
+        yield self._critic_update, self._arguments(self.critics, batch, noise)
+        yield update_actor, self._arguments(self.actor, batch)
         yield soft_update, self.actor.soft_update_arguments()
 
 
-def activations(network: Arrays, batch_size: int) -> np.ndarray:
+def activations(stack: Arrays, batch_size: int) -> np.ndarray:
     """Allocate padded rows of cache lines for a stack's units, and for one layer's sums in each ``backward_layer``."""
-    dtype = network.parameters.dtype
+    dtype = stack.parameters.dtype
     stride, _ = batch_layout.py_func(batch_size, dtype.itemsize)
-    networks = len(network.prune_guess) // len(network.bands)
-    length = int(network.sizes[0] + len(network.extra_start) - 1 + networks * network.sizes.max()) * stride
+    length = stride * int(stack.sizes[0] + len(stack.extra_start) - 1 + len(stack.prune_guess) * stack.sizes.max())
     room = np.zeros(length + CACHE_LINE // dtype.itemsize, dtype)
     start = -room.ctypes.data % CACHE_LINE // dtype.itemsize
     return room[start : start + length]

@@ -1,13 +1,18 @@
-"""What several test files share: running the command line, in this process or in one of its own."""
+"""What several test files share: running the command line, here or in a process of its own, and torch's own modules."""
 
 import csv
+import json
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import hypothesis
+import numpy as np
 import pytest
 import torch
 
@@ -32,30 +37,81 @@ SHORT = (
     *("--eval-interval", "400", "--eval-episodes", "2", "--adapt-interval", "100", "--checkpoint-interval", "150"),
 )
 
+# What a run leaves that is the same at each repetition.
+REPEATED = ("evaluations.csv", "topology.csv", "policy.npz")
+
+
+@pytest.fixture(autouse=True)
+def process():
+    """Undo for the next test what a training sets in this process, and keep torch to one thread on small networks."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    torch.set_num_threads(1)
+    yield
+    torch.set_flush_denormal(False)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
 
 @pytest.fixture
 def command_line(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
     """Return a function that runs dst_td3 with arguments here and returns exit code, standard output and error."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def run(*arguments: object) -> tuple[int, str, str]:
+    def run(*arguments: object, kind: type[dst_td3.Arguments] = dst_td3.Arguments) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["dst_td3.py", *map(str, arguments)])
         capsys.readouterr()
         try:
-            code = dst_td3.main()
+            code = dst_td3.main(kind)
         except SystemExit as leaving:
             code = leaving.code
         return code, *capsys.readouterr()
 
-    yield run
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return run
+
+
+def assert_refused(command_line: Callable, results: Path, arguments: str, expected: str) -> None:
+    """Require that bad input gets one clear line and exit code 2, and leaves nothing behind."""
+    code, output, error = command_line("--env", "Hopper-v4", "--results-dir", results, *arguments.split())
+    assert code == 2, output
+    assert expected in error and "Traceback" not in error
+    if error.startswith("dst_td3.py: error:"):  # what the argument parser itself refuses comes in a box
+        assert error.count("\n") == 1
+    assert not list(results.iterdir()), "nothing is left behind"
+
+
+class Killed(BaseException):
+    """Ends a run in this process as SIGKILL does in its own: what has not been written is lost."""
+
+
+@contextmanager
+def killed_after(step: int):
+    """Kill the run in this process 100 steps after its first checkpoint at or after ``step``."""
+    advance = dst_td3.Run.advance
+
+    def mortal(run: dst_td3.Run) -> None:
+        if run.saved_step >= step and run.step == run.saved_step + 100:
+            raise Killed
+        advance(run)
+
+    with mock.patch.object(dst_td3.Run, "advance", mortal), pytest.raises(Killed):
+        yield
 
 
 def start_process(*arguments: object, **options) -> subprocess.Popen:
     """Start dst_td3 with ``arguments`` in a process of its own; ``options`` are Popen's."""
     command = [sys.executable, str(PROGRAM), *map(str, arguments)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+
+
+def wait_for_step(results: Path, step: int) -> None:
+    """Wait until a checkpoint at or after ``step`` is on disk."""
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline:
+        for path in results.rglob("checkpoint.npz"):
+            with np.load(path) as stored:
+                if json.loads(str(stored["state"]))["step"] >= step:
+                    return
+        time.sleep(0.01)
+    raise AssertionError(f"no checkpoint at step {step} in time")
 
 
 def run_directory(results: Path) -> Path:
@@ -68,6 +124,12 @@ def rows_of(path: Path) -> list[dict]:
     """Return the rows of a CSV file."""
     with open(path) as file:
         return list(csv.DictReader(file))
+
+
+def assert_same_bytes(directory: Path, other: Path) -> None:
+    """Require that two runs left the same."""
+    for name in REPEATED:
+        assert (directory / name).read_bytes() == (other / name).read_bytes(), name
 
 
 def finished_run(results: Path, *further: object) -> Path:
@@ -85,8 +147,18 @@ def read_table(text: str) -> list[dict[str, str]]:
     return [dict(zip(cells[0], row, strict=True)) for row in cells[2:]]
 
 
-@pytest.fixture(autouse=True)
-def denormals():
-    """Keep denormal numbers for the next test, which a training in this process flushes to zero."""
-    yield
-    torch.set_flush_denormal(False)
+def torch_module(layers: list[dst_td3.Layer], index=...) -> torch.nn.Sequential:
+    """Return torch's own network with the weights of one of ours, which is number ``index`` where they are stacked."""
+    parts = []
+    for layer in layers:
+        weight, bias = (torch.as_tensor(array)[index].detach() for array in (layer.weight, layer.bias))
+        linear = torch.nn.Linear(*weight.shape, dtype=weight.dtype)
+        linear.weight.data, linear.bias.data = weight.T.clone(), bias[0].clone()
+        parts += [linear, torch.nn.ReLU()]
+    return torch.nn.Sequential(*parts[:-1])
+
+
+def assert_same_parameters(network: torch.nn.Sequential, expected: torch.nn.Sequential, **close: float) -> None:
+    """Require that two networks have the same parameters, as close as torch's ``assert_close`` is told."""
+    for ours, theirs in zip(network.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, **close)

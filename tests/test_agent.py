@@ -6,6 +6,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from conftest import assert_same_parameters, torch_module
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -50,17 +51,7 @@ def test_a_dense_update_is_the_textbooks():
     agent = make_agent(method="td3")
     batch, noise = random_batch(np.random.default_rng(0)), np.ones((8, ACTIONS), dtype=np.float32) * 4
     low, high = map(torch.from_numpy, BOUNDS)
-
-    def module(layers: list[Layer], index=...) -> torch.nn.Sequential:
-        parts = []
-        for layer in layers:
-            weight, bias = layer.weight[index].detach(), layer.bias[index].detach()
-            linear = torch.nn.Linear(*weight.shape)
-            linear.weight.data, linear.bias.data = weight.T.clone(), bias[0].clone()
-            parts += [linear, torch.nn.ReLU()]
-        return torch.nn.Sequential(*parts[:-1])
-
-    actor, critics = module(agent.actor.layers), [module(agent.critics.layers, i) for i in range(2)]
+    actor, critics = torch_module(agent.actor.layers), [torch_module(agent.critics.layers, i) for i in range(2)]
     actor_target, critic_targets = copy.deepcopy(actor), copy.deepcopy(critics)
     observation, action, reward, next_observation, terminated = map(torch.from_numpy, batch)
 
@@ -90,14 +81,13 @@ def test_a_dense_update_is_the_textbooks():
         standard_normal = staticmethod(lambda shape, dtype: noise)
 
     agent.learn(Given, 2, Given)
-    for ours, theirs in (
-        (module(agent.actor.layers), actor),
-        (module(agent.actor.target), actor_target),
-        *((module(agent.critics.layers, i), critics[i]) for i in range(2)),
-        *((module(agent.critics.target, i), critic_targets[i]) for i in range(2)),
+    for ours, expected in (
+        (torch_module(agent.actor.layers), actor),
+        (torch_module(agent.actor.target), actor_target),
+        *((torch_module(agent.critics.layers, i), critics[i]) for i in range(2)),
+        *((torch_module(agent.critics.target, i), critic_targets[i]) for i in range(2)),
     ):
-        for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+        assert_same_parameters(ours, expected, rtol=1e-4, atol=1e-6)
 
 
 @settings(max_examples=10)

@@ -5,17 +5,22 @@ import dataclasses
 import functools
 import json
 import math
-import signal
-from pathlib import Path
 
-import conftest
 import numpy as np
 import pytest
 import torch
-from conftest import SHORT, rows_of, run_directory, start_process
+from conftest import (
+    SHORT,
+    assert_refused,
+    assert_same_bytes,
+    assert_same_parameters,
+    killed_after,
+    rows_of,
+    run_directory,
+    torch_module,
+)
 from hypothesis import HealthCheck, given, settings
-from test_sparse_engine import Case, assert_agree, assert_same_topologies, bytes_of, case, cases, saved
-from test_training import assert_same_bytes, wait_for_step
+from test_sparse_engine import Case, Pair, bytes_of, case, cases, loaded, trained
 from torch.distributions import Normal, TanhTransform, TransformedDistribution
 
 import dst_sac
@@ -28,7 +33,7 @@ TD3_ONLY = ("policy-noise", "noise-clip", "exploration-noise", "policy-frequency
 
 
 class SACCase(Case):
-    """A pair of SAC agents, whose actors have a mean and a deviation for each action."""
+    """A SAC agent, whose actor has a mean and a deviation for each action."""
 
     def agent(self, engine):
         """Build an agent and the generator of its noise and of where its connections grow."""
@@ -53,26 +58,21 @@ def sac_case(hidden=(24, 20), sparsity=0.6, arguments=None, **rest) -> SACCase:
     return as_sac(case(hidden, sparsity, **rest), **arguments or {})
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Keep torch from competing with itself on networks this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+class SACPair(Pair):
+    """A SAC agent by either engine."""
+
+    ENGINES = (MaskedSAC, SparseSAC)
+
+    def assert_agree(self, **close):
+        """Require what TD3's agents are required to share, and the same temperature."""
+        super().assert_agree(**close)
+        np.testing.assert_allclose(self.sparse.log_temperature, self.masked.log_temperature, **close)
 
 
 @pytest.fixture
-def command_line(command_line, monkeypatch):
+def command_line(command_line):
     """Return the function that runs a command line here, with SAC's arguments."""
-    monkeypatch.setattr(dst_td3, "main", functools.partial(dst_td3.main, SACArguments))
-    return command_line
-
-
-@pytest.fixture(autouse=True)
-def program(monkeypatch):
-    """Let processes be those of dst_sac.py."""
-    monkeypatch.setattr(conftest, "PROGRAM", Path(dst_sac.__file__))
+    return functools.partial(command_line, kind=SACArguments)
 
 
 # The update
@@ -108,23 +108,12 @@ def test_the_log_probability_is_a_density_and_stays_finite():
     assert torch.isfinite(dst_sac.log_probability(far, torch.zeros(2, 1), torch.zeros(2, 1))).all()
 
 
-def module(layers: list[dst_td3.Layer], index=...) -> torch.nn.Sequential:
-    """Return a network of torch's own modules with the weights of one of ours."""
-    parts = []
-    for layer in layers:
-        weight, bias = (torch.as_tensor(array)[index].detach() for array in (layer.weight, layer.bias))
-        linear = torch.nn.Linear(*weight.shape, dtype=weight.dtype)
-        linear.weight.data, linear.bias.data = weight.T.clone(), bias[0].clone()
-        parts += [linear, torch.nn.ReLU()]
-    return torch.nn.Sequential(*parts[:-1])
-
-
 class Textbook:
     """SAC written with torch's own modules, distributions and optimizer, from the layers of a pair of networks."""
 
     def __init__(self, actor: list[dst_td3.Layer], critics: list[dst_td3.Layer], bounds: tuple, args: SACArguments):
         self.args, (self.low, self.high) = args, map(torch.from_numpy, bounds)
-        self.actor, self.critics = module(actor), [module(critics, i) for i in range(2)]
+        self.actor, self.critics = torch_module(actor), [torch_module(critics, i) for i in range(2)]
         self.targets = copy.deepcopy(self.critics)
         rates = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
         self.actor_optimizer = torch.optim.Adam(self.actor.parameters(), **rates)
@@ -189,13 +178,11 @@ def test_a_dense_agent_is_the_textbooks(engine):
     for step in range(1, 13):
         this.train(agent, rng, [step])
         textbook.learn(this.buffer, step, other_rng)
-    close = {"rtol": 1e-7, "atol": 1e-10}
-    for layers, expected in (
-        (module(agent.actor.layer_arrays()), textbook.actor),
-        *((module(agent.critics.layer_arrays(), i), textbook.critics[i]) for i in range(2)),
+    for ours, expected in (
+        (torch_module(agent.actor.layer_arrays()), textbook.actor),
+        *((torch_module(agent.critics.layer_arrays(), i), textbook.critics[i]) for i in range(2)),
     ):
-        for ours, theirs in zip(layers.parameters(), expected.parameters(), strict=True):
-            torch.testing.assert_close(ours, theirs, **close)
+        assert_same_parameters(ours, expected, rtol=1e-7, atol=1e-10)
     assert agent.log_temperature[0] == pytest.approx(float(textbook.log_temperature.detach()), rel=1e-9)
     assert agent.temperature != DEFAULTS.temperature
 
@@ -242,7 +229,7 @@ def test_the_compiled_gradients_are_those_of_autograd():
     textbook.critic_loss(batch, next_noise).backward()
     agent.update_critics((rows, picks), next_noise)
     assert_gradients(agent.critics, textbook.critics)
-    textbook.critics = [module(agent.critics.layer_arrays(), i) for i in range(2)]
+    textbook.critics = [torch_module(agent.critics.layer_arrays(), i) for i in range(2)]
     textbook.actor_loss(batch, noise)[0].backward()
     agent.update_actor((rows, picks), noise)
     assert_gradients(agent.actor, [textbook.actor])
@@ -262,12 +249,11 @@ def test_a_learned_temperature_moves_towards_its_entropy():
 
 def test_targets_are_copies_of_now_and_then():
     """A copy has its network's topology, so that nothing is left to prune; until the next one it stays as it is."""
-    this = sac_case(arguments={"adapt_interval": 4, "target_interval": 5})
-    (masked, masked_rng), (sparse, sparse_rng) = this.agent(MaskedSAC), this.agent(SparseSAC)
+    pair = SACPair(sac_case(arguments={"adapt_interval": 4, "target_interval": 5}))
+    masked, sparse = pair.masked, pair.sparse
     kept = [layer.weight.clone() for layer in masked.critics.target]
     for step in range(1, 21):
-        this.train(masked, masked_rng, [step])
-        this.train(sparse, sparse_rng, [step])
+        pair.train([step])
         target, own = ([layer.weight.detach() for layer in of] for of in (masked.critics.target, masked.critics.layers))
         if step % 5 == 0:
             assert all(map(torch.equal, target, own))
@@ -297,85 +283,47 @@ def test_the_policy_is_stochastic_in_training_and_its_mean_otherwise():
 # Both engines
 
 
-def assert_sac_agree(masked, sparse, **close) -> None:
-    """Require what TD3's agents are required to share, and the same temperature."""
-    assert_agree(masked, sparse, **close)
-    np.testing.assert_allclose(sparse.log_temperature, masked.log_temperature, rtol=close["rtol"], atol=close["atol"])
-
-
 def test_engines_agree_over_hundreds_of_updates():
-    this = sac_case(arguments={"adapt_interval": 30, "target_interval": 40, "learn_temperature": True}, batch_size=37)
-    (masked, masked_rng), (sparse, sparse_rng) = this.agent(MaskedSAC), this.agent(SparseSAC)
-    adaptations = 0
-    for step in range(1, 301):
-        before = sparse.critics.topologies()[0][0]
-        this.train(masked, masked_rng, [step])
-        this.train(sparse, sparse_rng, [step])
-        adaptations += (before != sparse.critics.topologies()[0][0]).any()
-        if step % 30 in (0, 1):
-            assert_sac_agree(masked, sparse, rtol=1e-8, atol=1e-11)
-    assert adaptations == 10
-    assert masked_rng.bit_generator.state == sparse_rng.bit_generator.state
+    arguments = {"adapt_interval": 30, "target_interval": 40, "learn_temperature": True}
+    SACPair(sac_case(arguments=arguments, batch_size=37)).train_over_ten_adaptations()
 
 
 def test_engines_agree_on_a_dense_agent():
     """Its hidden layers are matrices that BLAS multiplies."""
-    this = sac_case((40, 24), 0.0, {"method": "sac"}, batch_size=37)
-    (masked, masked_rng), (sparse, sparse_rng) = this.agent(MaskedSAC), this.agent(SparseSAC)
-    assert sparse.critics.arrays.full.tolist() == [True, True, False]
-    this.train(masked, masked_rng, range(1, 61))
-    this.train(sparse, sparse_rng, range(1, 61))
-    assert_sac_agree(masked, sparse, rtol=1e-8, atol=1e-11)
+    pair = SACPair(sac_case((40, 24), 0.0, {"method": "sac"}, batch_size=37))
+    assert pair.sparse.critics.arrays.full.tolist() == [True, True, False]
+    pair.train(range(1, 61))
+    pair.assert_agree(rtol=1e-8, atol=1e-11)
 
 
 @settings(max_examples=40, suppress_health_check=list(HealthCheck))
 @given(cases())
 def test_engines_agree_whatever_the_networks(this):
-    this = as_sac(this)
-    (masked, masked_rng), (sparse, sparse_rng) = this.agent(MaskedSAC), this.agent(SparseSAC)
-    for step in range(1, 14):
-        this.train(masked, masked_rng, [step])
-        this.train(sparse, sparse_rng, [step])
-        assert_same_topologies(masked, sparse)
-    assert_sac_agree(masked, sparse, rtol=1e-6, atol=1e-9)
-    assert masked_rng.bit_generator.state == sparse_rng.bit_generator.state
+    SACPair(as_sac(this)).train_step_by_step()
 
 
 def test_engines_agree_where_outputs_saturate():
     """Deviations at their bounds and actions at theirs, in the type of a run."""
-    this = sac_case(dtype=np.float32, batch_size=100)
-    (masked, masked_rng), (sparse, sparse_rng) = this.agent(MaskedSAC), this.agent(SparseSAC)
+    pair = SACPair(sac_case(dtype=np.float32, batch_size=100))
     biases = np.array([30.0, -8.0, 0.5, -25.0, 3.0, 1.5], np.float32)
-    masked.actor.layers[-1].bias.data[0] = torch.from_numpy(biases)
-    sparse.actor.arrays.parameters[-6:] = biases
-    this.train(masked, masked_rng, range(1, 8))
-    this.train(sparse, sparse_rng, range(1, 8))
-    for ours, theirs in ((sparse.actor, masked.actor), (sparse.critics, masked.critics)):
-        for layer, expected in zip(ours.layer_arrays(), theirs.layer_arrays(), strict=True):
-            np.testing.assert_allclose(layer.weight, expected.weight, rtol=1e-3, atol=2e-5)
-    assert np.isfinite(list(map(float, sparse.losses.values()))).all()
+    pair.masked.actor.layers[-1].bias.data[0] = torch.from_numpy(biases)
+    pair.sparse.actor.arrays.parameters[-6:] = biases
+    pair.train(range(1, 8))
+    pair.assert_matrices_agree(rtol=1e-3, atol=2e-5)
+    assert np.isfinite(list(map(float, pair.sparse.losses.values()))).all()
 
 
 def test_a_second_thread_changes_no_bit():
-    states = []
-    for threads in (1, 2):
-        this = sac_case(arguments={"threads": threads}, dtype=np.float32)
-        agent, rng = this.agent(SparseSAC)
-        this.train(agent, rng, range(1, 31))
-        states.append(bytes_of(agent))
-    assert states[0] == states[1]
+    one, two = (sac_case(arguments={"threads": threads}, dtype=np.float32) for threads in (1, 2))
+    assert trained(one, SparseSAC) == trained(two, SparseSAC)
 
 
 @pytest.mark.parametrize("engine", [MaskedSAC, SparseSAC])
 def test_a_loaded_agent_goes_on_to_the_same_bytes(engine):
     this = sac_case(arguments={"learn_temperature": True, "target_interval": 7}, dtype=np.float32)
-    first, rng = this.agent(engine)
-    this.train(first, rng, range(1, 28))
-    second, other_rng = this.agent(engine)
-    second.load_state(saved(first))
-    other_rng.bit_generator.state = rng.bit_generator.state
-    for agent, generator in ((first, rng), (second, other_rng)):
-        this.train(agent, generator, range(28, 60))
+    (first, rng), (second, other_rng) = loaded(this, engine, range(1, 28))
+    this.train(first, rng, range(28, 60))
+    this.train(second, other_rng, range(28, 60))
     assert bytes_of(first) == bytes_of(second)
 
 
@@ -426,17 +374,15 @@ def test_it_learns_to_balance_a_pole(command_line, tmp_path, further):
     assert returns[0] < 100 and max(returns) > 900, output
 
 
-@pytest.mark.parametrize("further", ["--learn-temperature", "--engine masked"])
+@pytest.mark.parametrize("further", ["--learn-temperature", "--engine masked --total-timesteps 1200"])
 def test_a_killed_run_resumes_to_the_same_bytes(command_line, tmp_path, further):
     """Killed twice: while it explores at random, and while it learns with adapted topologies."""
     arguments = [*SHORT, "--batch-size", 32, "--target-interval", 70, *further.split()]
     assert command_line(*arguments, "--results-dir", tmp_path / "unbroken")[0] == 0
     stopped = tmp_path / "stopped"
-    for step in (150, 900):
-        process = start_process(*arguments, "--results-dir", stopped)
-        wait_for_step(stopped, step)
-        process.send_signal(signal.SIGKILL)
-        process.communicate(timeout=240)
+    for step in (150, 700):
+        with killed_after(step):
+            command_line(*arguments, "--results-dir", stopped)
     assert not list(stopped.rglob("summary.json"))
     code, output, _ = command_line(*arguments, "--results-dir", stopped)
     assert code == 0 and "step 0 of" not in output
@@ -460,12 +406,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(command_line, tmp_path, further)
     ],
 )
 def test_bad_input_gets_one_clear_line_and_exit_code_2(command_line, tmp_path, arguments, expected):
-    code, output, error = command_line("--env", "Hopper-v4", "--results-dir", tmp_path, *arguments.split())
-    assert code == 2, output
-    assert expected in error and "Traceback" not in error
-    if error.startswith("dst_td3.py: error:"):  # what the argument parser itself refuses comes in a box
-        assert error.count("\n") == 1
-    assert not list(tmp_path.iterdir()), "nothing is left behind"
+    assert_refused(command_line, tmp_path, arguments, expected)
 
 
 def test_help_lists_what_sac_has_and_nothing_else(command_line):

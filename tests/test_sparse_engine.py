@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -28,7 +27,7 @@ DEFAULTS = dst_td3.Arguments(engine="masked", device="cpu", adapt_interval=8, dr
 
 @dataclasses.dataclass
 class Case:
-    """A pair of agents to build, and the batches to train them on."""
+    """An agent to build by either engine, and the batches to train it on."""
 
     actor: list[int]
     critic: list[int]
@@ -131,66 +130,109 @@ def masked_layers(network):
     return layers
 
 
-def assert_same_topologies(masked, sparse):
-    """Require the same connections in all layers of both agents."""
-    for ours, theirs in ((sparse.actor, masked.actor), (sparse.critics, masked.critics)):
-        for layer, expected in zip(ours.layer_arrays(), theirs.layer_arrays(), strict=True):
-            np.testing.assert_array_equal(layer.mask, expected.mask)
+class Pair:
+    """The agent of a case by either engine, trained on the same batches."""
 
+    ENGINES = (dst_td3.MaskedTD3, SparseTD3)
 
-def assert_agree(masked, sparse, rtol, atol):
-    """Require the same topologies, and weights, targets, moments, biases and losses that agree."""
-    assert_same_topologies(masked, sparse)
-    close = {"rtol": rtol, "atol": atol}
-    for ours, theirs in ((sparse.actor, masked.actor), (sparse.critics, masked.critics)):
-        for layer, expected in zip(sparse_layers(ours), masked_layers(theirs), strict=True):
-            for array, expected_array in zip(layer, expected, strict=True):
-                np.testing.assert_allclose(array, expected_array, **close)
-            np.testing.assert_array_equal(layer[1] != 0, expected[1] != 0)
-        for index, (layer, expected) in enumerate(zip(ours.layer_arrays(), theirs.layer_arrays(), strict=True)):
-            np.testing.assert_allclose(layer.bias, expected.bias, **close)
-            target = ours.arrays.target[len(ours.arrays.input_index) :]
-            biases = np.concatenate([target[b.rows] for b in ours.blocks[index :: len(theirs.layers)]])
-            np.testing.assert_allclose(biases, theirs.target[index].bias.flatten().numpy(), **close)
-    assert set(sparse.losses) == set(masked.losses)
-    for name, loss in masked.losses.items():
-        assert sparse.losses[name] == pytest.approx(float(loss), rel=max(rtol, 1e-5), abs=max(atol, 1e-7))
+    def __init__(self, this):
+        self.this = this
+        (self.masked, self.masked_rng), (self.sparse, self.sparse_rng) = map(this.agent, self.ENGINES)
+
+    @property
+    def networks(self):
+        """The networks of the sparse agent, each with that of the masked one."""
+        return (self.sparse.actor, self.masked.actor), (self.sparse.critics, self.masked.critics)
+
+    def train(self, steps):
+        """Train both agents for the given steps."""
+        self.this.train(self.masked, self.masked_rng, steps)
+        self.this.train(self.sparse, self.sparse_rng, steps)
+
+    def train_over_ten_adaptations(self):
+        """Train for 300 steps, with an adaptation at each 30th, around which both agents must agree."""
+        adaptations = 0
+        for step in range(1, 301):
+            before = self.sparse.critics.topologies()[0][0]
+            self.train([step])
+            adaptations += (before != self.sparse.critics.topologies()[0][0]).any()
+            if step % 30 in (0, 1):
+                self.assert_agree(rtol=1e-8, atol=1e-11)
+        assert adaptations == 10
+        self.assert_same_draws()
+
+    def train_step_by_step(self):
+        """Train for 13 steps, after each of which both agents must have the same topologies, and in the end agree."""
+        for step in range(1, 14):
+            self.train([step])
+            self.assert_same_topologies()
+        self.assert_agree(rtol=1e-6, atol=1e-9)
+        self.assert_same_draws()
+
+    def assert_same_draws(self):
+        """Require that both agents have drawn the same random numbers."""
+        assert self.masked_rng.bit_generator.state == self.sparse_rng.bit_generator.state
+
+    def assert_same_topologies(self):
+        """Require the same connections in all layers of both agents."""
+        for ours, theirs in self.networks:
+            for layer, expected in zip(ours.layer_arrays(), theirs.layer_arrays(), strict=True):
+                np.testing.assert_array_equal(layer.mask, expected.mask)
+
+    def assert_matrices_agree(self, **close):
+        """Require weights, targets and moments that agree."""
+        for ours, theirs in self.networks:
+            for layer, expected in zip(sparse_layers(ours), masked_layers(theirs), strict=True):
+                for array, expected_array in zip(layer, expected, strict=True):
+                    np.testing.assert_allclose(array, expected_array, **close)
+
+    def assert_agree(self, rtol, atol):
+        """Require the same topologies, and weights, targets, moments, biases and losses that agree."""
+        close = {"rtol": rtol, "atol": atol}
+        self.assert_same_topologies()
+        self.assert_matrices_agree(**close)
+        for ours, theirs in self.networks:
+            for layer, expected in zip(sparse_layers(ours), masked_layers(theirs), strict=True):
+                np.testing.assert_array_equal(layer[1] != 0, expected[1] != 0)
+            for index, (layer, expected) in enumerate(zip(ours.layer_arrays(), theirs.layer_arrays(), strict=True)):
+                np.testing.assert_allclose(layer.bias, expected.bias, **close)
+                target = ours.arrays.target[len(ours.arrays.input_index) :]
+                biases = np.concatenate([target[b.rows] for b in ours.blocks[index :: len(theirs.layers)]])
+                np.testing.assert_allclose(biases, theirs.target[index].bias.flatten().numpy(), **close)
+        assert set(self.sparse.losses) == set(self.masked.losses)
+        for name, loss in self.masked.losses.items():
+            expected = pytest.approx(float(loss), rel=max(rtol, 1e-5), abs=max(atol, 1e-7))
+            assert self.sparse.losses[name] == expected
 
 
 def test_engines_agree_over_hundreds_of_updates():
-    this = case(args=dataclasses.replace(DEFAULTS, adapt_interval=30), batch_size=37)
-    (masked, masked_rng), (sparse, sparse_rng) = this.agent(dst_td3.MaskedTD3), this.agent(SparseTD3)
-    adaptations = 0
-    for step in range(1, 301):
-        before = sparse.critics.topologies()[0][0]
-        this.train(masked, masked_rng, [step])
-        this.train(sparse, sparse_rng, [step])
-        adaptations += (before != sparse.critics.topologies()[0][0]).any()
-        if step % 30 in (0, 1):
-            assert_agree(masked, sparse, rtol=1e-8, atol=1e-11)
-    assert adaptations == 10
-    assert len(sparse.critics.arrays.extra_weight) > 0
-    assert masked_rng.bit_generator.state == sparse_rng.bit_generator.state
+    pair = Pair(case(args=dataclasses.replace(DEFAULTS, adapt_interval=30), batch_size=37))
+    pair.train_over_ten_adaptations()
+    assert len(pair.sparse.critics.arrays.extra_weight) > 0
 
 
 def test_engines_agree_on_a_dense_agent():
     """Its hidden layers are matrices that BLAS multiplies, its output layers are not."""
-    this = case(hidden=(40, 24), sparsity=0.0, args=dataclasses.replace(DEFAULTS, method="td3"), batch_size=37)
-    (masked, masked_rng), (sparse, sparse_rng) = this.agent(dst_td3.MaskedTD3), this.agent(SparseTD3)
-    assert sparse.critics.arrays.full.tolist() == [True, True, False]
-    this.train(masked, masked_rng, range(1, 61))
-    this.train(sparse, sparse_rng, range(1, 61))
-    assert_agree(masked, sparse, rtol=1e-8, atol=1e-11)
+    dense = dataclasses.replace(DEFAULTS, method="td3")
+    pair = Pair(case(hidden=(40, 24), sparsity=0.0, args=dense, batch_size=37))
+    assert pair.sparse.critics.arrays.full.tolist() == [True, True, False]
+    pair.train(range(1, 61))
+    pair.assert_agree(rtol=1e-8, atol=1e-11)
 
 
 def test_engines_agree_where_only_some_layers_are_full():
     """What a full layer leaves in the padding of its rows must not reach the others."""
     this = Case([5, 40, 50, 40, 3], [8, 40, 50, 40, 1], [200, 900, 2000, 120], [320, 700, 2000, 40], batch_size=37)
-    (masked, masked_rng), (sparse, sparse_rng) = this.agent(dst_td3.MaskedTD3), this.agent(SparseTD3)
-    assert sparse.critics.arrays.full.tolist() == [True, False, True, False]
-    this.train(masked, masked_rng, range(1, 31))
-    this.train(sparse, sparse_rng, range(1, 31))
-    assert_agree(masked, sparse, rtol=1e-8, atol=1e-11)
+    pair = Pair(this)
+    assert pair.sparse.critics.arrays.full.tolist() == [True, False, True, False]
+    pair.train(range(1, 31))
+    pair.assert_agree(rtol=1e-8, atol=1e-11)
+
+
+def python(program, *arguments, **options):
+    """Run a program in a process of its own that imports the modules under test."""
+    command, root = [sys.executable, "-c", program, *arguments], Path(sparse_engine.__file__).parent
+    return subprocess.run(command, cwd=root, capture_output=True, text=True, **options)
 
 
 def test_blas_keeps_to_one_thread():
@@ -204,17 +246,18 @@ run.agent.learn(run.buffer, 2, run.rng)
 libraries = [pool for pool in threadpoolctl.threadpool_info() if pool["user_api"] == "blas"]
 print(len(libraries), {pool["num_threads"] for pool in libraries})
 """
-    root = str(Path(sparse_engine.__file__).parent)
-    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True)
+    done = python(program)
     assert done.returncode == 0 and done.stdout.split()[1:] == ["{1}"], done.stdout + done.stderr
 
 
+# A processor, what it can do, and the bytes of its vectors.
 FEATURES = {
     "AVX2": (
         "haswell",
         "+avx2,+avx,+fma,+bmi,+bmi2,+popcnt,+lzcnt,+f16c,+sse4.2,+sse4.1,+ssse3,+sse3,+sse2,+sse,+cx16",
+        32,
     ),
-    "no AVX": ("x86-64", "+sse2,+sse,+cx16,+fxsr,+mmx"),
+    "no AVX": ("x86-64", "+sse2,+sse,+cx16,+fxsr,+mmx", 16),
 }
 
 
@@ -222,68 +265,53 @@ FEATURES = {
 @pytest.mark.parametrize("features", FEATURES)
 def test_engines_agree_on_processors_with_less(features, tmp_path):
     """The kernels compiled for shorter vectors than this machine may have."""
-    name, flags = FEATURES[features]
+    name, flags, vector_bytes = FEATURES[features]
     compiled_for = {"NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": flags, "NUMBA_CACHE_DIR": str(tmp_path)}
+    program = """
+import sys, pytest, sparse_engine
+print("vectors of", sparse_engine.VECTOR_BYTES, flush=True)
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *sys.argv[1:]]))
+"""
     chosen = "hundreds_of_updates or some_layers_are_full"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", chosen]
-    done = subprocess.run(command, env=os.environ | compiled_for, capture_output=True, text=True)
-    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-3000:]
-    assert (
-        str(VECTOR_BYTES[features])
-        == subprocess.run(
-            [sys.executable, "-c", "import sparse_engine; print(sparse_engine.VECTOR_BYTES)"],
-            env=os.environ | compiled_for | {"PYTHONPATH": str(Path(sparse_engine.__file__).parent)},
-            capture_output=True,
-            text=True,
-        ).stdout.strip()
-    )
-
-
-VECTOR_BYTES = {"AVX2": 32, "no AVX": 16}
+    done = python(program, __file__, "-k", chosen, env=os.environ | compiled_for)
+    assert done.returncode == 0 and "2 passed" in done.stdout, done.stdout[-3000:]
+    assert done.stdout.startswith(f"vectors of {vector_bytes}\n")
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(cases())
 def test_engines_agree_whatever_the_networks(this):
-    (masked, masked_rng), (sparse, sparse_rng) = this.agent(dst_td3.MaskedTD3), this.agent(SparseTD3)
-    for step in range(1, 14):
-        this.train(masked, masked_rng, [step])
-        this.train(sparse, sparse_rng, [step])
-        assert_same_topologies(masked, sparse)
-    assert_agree(masked, sparse, rtol=1e-6, atol=1e-9)
-    assert masked_rng.bit_generator.state == sparse_rng.bit_generator.state
+    Pair(this).train_step_by_step()
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 16, 100, 128, 250])
 def test_engines_agree_in_float32(batch_size):
-    this = case(dtype=np.float32, batch_size=batch_size, args=dataclasses.replace(DEFAULTS, adapt_interval=12))
-    (masked, masked_rng), (sparse, sparse_rng) = this.agent(dst_td3.MaskedTD3), this.agent(SparseTD3)
-    this.train(masked, masked_rng, range(1, 15))
-    this.train(sparse, sparse_rng, range(1, 15))
-    assert_same_topologies(masked, sparse)
-    for ours, theirs in ((sparse.actor, masked.actor), (sparse.critics, masked.critics)):
-        for layer, expected in zip(sparse_layers(ours), masked_layers(theirs), strict=True):
-            for array, expected_array in zip(layer, expected, strict=True):
-                np.testing.assert_allclose(array, expected_array, rtol=1e-3, atol=2e-5)
+    args = dataclasses.replace(DEFAULTS, adapt_interval=12)
+    pair = Pair(case(dtype=np.float32, batch_size=batch_size, args=args))
+    pair.train(range(1, 15))
+    pair.assert_same_topologies()
+    pair.assert_matrices_agree(rtol=1e-3, atol=2e-5)
+
+
+def trained(this, engine):
+    """Return the bytes of an agent's state after 30 steps."""
+    agent, rng = this.agent(engine)
+    this.train(agent, rng, range(1, 31))
+    return bytes_of(agent)
 
 
 def test_a_second_thread_changes_no_bit():
-    states = []
-    for threads in (1, 2):
-        this = case(args=dataclasses.replace(DEFAULTS, threads=threads), dtype=np.float32)
-        agent, rng = this.agent(SparseTD3)
-        this.train(agent, rng, range(1, 31))
-        states.append(agent.state())
-    assert all(np.array_equal(states[0][name], states[1][name]) for name in states[0])
+    one, two = (case(args=dataclasses.replace(DEFAULTS, threads=threads), dtype=np.float32) for threads in (1, 2))
+    assert trained(one, SparseTD3) == trained(two, SparseTD3)
 
 
 def test_the_batch_size_may_change():
     small, large = case(batch_size=3), case(batch_size=290)
-    (masked, masked_rng), (sparse, sparse_rng) = small.agent(dst_td3.MaskedTD3), small.agent(SparseTD3)
+    pair = Pair(small)
     for this, steps in ((small, range(1, 4)), (large, range(4, 7)), (small, range(7, 10))):
-        this.train(masked, masked_rng, steps)
-        this.train(sparse, sparse_rng, steps)
-    assert_agree(masked, sparse, rtol=1e-8, atol=1e-11)
+        pair.this = this
+        pair.train(steps)
+    pair.assert_agree(rtol=1e-8, atol=1e-11)
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)
@@ -325,16 +353,22 @@ def bytes_of(agent):
     return {name: array.tobytes() for name, array in agent.state().items()}
 
 
-def test_a_loaded_agent_goes_on_to_the_same_bytes():
-    this = case(dtype=np.float32)
-    first, rng = this.agent(SparseTD3)
-    this.train(first, rng, range(1, 28))
-    assert len(first.critics.arrays.extra_weight) > 0
-    second, other_rng = this.agent(SparseTD3)
+def loaded(this, engine, steps):
+    """Return an agent after ``steps`` and one that has loaded its state, each with its generator."""
+    first, rng = this.agent(engine)
+    this.train(first, rng, steps)
+    second, other_rng = this.agent(engine)
     second.load_state(saved(first))
     other_rng.bit_generator.state = rng.bit_generator.state
-    for agent, generator in ((first, rng), (second, other_rng)):
-        this.train(agent, generator, range(28, 60))
+    return (first, rng), (second, other_rng)
+
+
+def test_a_loaded_agent_goes_on_to_the_same_bytes():
+    this = case(dtype=np.float32)
+    (first, rng), (second, other_rng) = loaded(this, SparseTD3, range(1, 28))
+    assert len(first.critics.arrays.extra_weight) > 0
+    this.train(first, rng, range(28, 60))
+    this.train(second, other_rng, range(28, 60))
     assert bytes_of(first) == bytes_of(second)
     for ours, theirs in ((first.actor, second.actor), (first.critics, second.critics)):
         for masks, expected_masks in zip(ours.topologies(), theirs.topologies(), strict=True):
@@ -362,11 +396,9 @@ def test_a_state_fits_another_layout_in_memory(monkeypatch):
 
 
 def test_topologies_are_the_present_and_the_first_mask():
-    this = case()
-    (masked, masked_rng), (sparse, sparse_rng) = this.agent(dst_td3.MaskedTD3), this.agent(SparseTD3)
-    this.train(masked, masked_rng, range(1, 20))
-    this.train(sparse, sparse_rng, range(1, 20))
-    for ours, theirs in ((sparse.actor, masked.actor), (sparse.critics, masked.critics)):
+    pair = Pair(case())
+    pair.train(range(1, 20))
+    for ours, theirs in pair.networks:
         for masks, expected in zip(ours.topologies(), theirs.topologies(), strict=True):
             np.testing.assert_array_equal(masks, expected)
 
@@ -449,12 +481,3 @@ def test_a_diverged_network_shows():
     assert np.isnan(agent.act(this.buffer.sample(1, rng).observation[0])).any()
     agent.update_actor(agent.sample(this.buffer, rng))
     assert math.isnan(agent.losses["actor_loss"])
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Keep torch from competing with itself on networks this small."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
