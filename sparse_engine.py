@@ -697,14 +697,13 @@ class SparseNetwork:
         arrays, (topology, place) = self.arrays, self._topology(block)
         size = block.inputs * block.outputs
         kept, grown = drop_and_grow(arrays.parameters[place], topology, size, self.args.drop_fraction, rng)
-        adapted = np.sort(np.concatenate([topology[kept], grown]))
-        carried = {name: np.zeros(len(adapted), arrays.parameters.dtype) for name in CARRIED}
-        stayed = np.searchsorted(adapted, topology[kept])
-        for name in ("parameters", "first_moment", "second_moment"):
-            carried[name][stayed] = getattr(arrays, name)[place[kept]]
+        adapted, zeros = np.concatenate([topology[kept], grown]), np.zeros(len(grown), arrays.parameters.dtype)
+        order = np.argsort(adapted, kind="stable")
+        adapted = adapted[order]
+        carried = {name: np.concatenate([getattr(arrays, name)[place[kept]], zeros])[order] for name in CARRIED}
 
-        positions = np.concatenate([topology, extra_positions])
-        values = np.concatenate([arrays.target[place], extra_weight])
+        positions = np.concatenate([topology[~kept], extra_positions])
+        values = np.concatenate([arrays.target[place[~kept]], extra_weight])
         extra = values != 0
         _, there, here = np.intersect1d(adapted, positions, assume_unique=True, return_indices=True)
         carried["target"][there], extra[here] = values[here], False
