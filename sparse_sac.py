@@ -1,7 +1,8 @@
 """SAC on connections alone: the update of ``dst_sac.py`` by the kernels of ``sparse_engine.py``.
 
 ``SparseSAC`` does what ``MaskedSAC`` does. Networks, layout in memory and kernels are those of ``SparseTD3``; what is
-here corresponds to that file's last room: two updates, and the policy's outputs for one observation.
+here corresponds to that file's last room: two updates, and the policy's outputs for one observation. numba keeps what
+it has compiled while a function's own file stays the same: after an edit of ``sparse_engine.py``, touch this one too.
 """
 
 import math
