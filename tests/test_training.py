@@ -6,6 +6,7 @@ import json
 import resource
 import shutil
 import signal
+import subprocess
 from pathlib import Path
 
 import gymnasium
@@ -222,6 +223,20 @@ def test_a_resumed_run_says_what_makes_it_now(command_line, stopped):
     (session,) = json.loads((stopped / "config.json").read_text())["resumed"]
     assert session["step"] > 0 and session["commit"] == config["commit"]
     assert session["versions"] == config["versions"] and session["machine"] == config["machine"]
+
+
+def test_a_commit_is_dirty_where_code_was_edited_and_not_where_figures_were(tmp_path, monkeypatch):
+    (tmp_path / "code.py").write_text("")
+    (tmp_path / "figure.png").write_text("")
+    monkeypatch.setattr(dst_td3, "__file__", str(tmp_path / "code.py"))
+    assert dst_td3.provenance()["commit"] is None
+    identity = ("-c", "user.name=nobody", "-c", "user.email=nobody@example.org")
+    for command in (("init", "-q"), ("add", "."), (*identity, "commit", "-qm", "a commit")):
+        subprocess.run(["git", "-C", tmp_path, *command], check=True)
+    (tmp_path / "figure.png").write_text("drawn again")
+    clean = dst_td3.provenance()["commit"]
+    (tmp_path / "code.py").write_text("edited")
+    assert len(clean) == 40 and dst_td3.provenance()["commit"] == clean + "-dirty"
 
 
 def test_a_finished_run_is_left_alone(command_line, unbroken, tmp_path):
