@@ -17,7 +17,7 @@ from numpy.random import Generator
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from dst_td3 import TD3, Arguments, Batch, Layer, MaskedTD3, ReplayBuffer, adaptation_due, forward, main
+from dst_td3 import TD3, Arguments, Batch, Layer, MaskedTD3, ReplayBuffer, forward, main
 
 LOG_STD_MIN, LOG_STD_MAX = -20.0, 2.0  # bounds of the Gaussian's logarithmic deviation, as SAC's authors have them
 
@@ -119,11 +119,9 @@ class SAC(TD3):
             size = (2, self.args.batch_size, self.actions)
             next_noise, noise = rng.standard_normal(size, dtype=self.bounds[0].dtype)
             self.update_critics(batch, next_noise)
-            if adaptation_due(update, 1, self.args):
-                self.critics.adapt(rng)
+            self.adapt(self.critics, update, 1, rng)
             self.update_actor(batch, noise)
-            if adaptation_due(update, 1, self.args):
-                self.actor.adapt(rng)
+            self.adapt(self.actor, update, 1, rng)
             if self.args.learn_temperature:
                 self._update_temperature()
             if update % self.args.target_interval == 0:

@@ -30,7 +30,7 @@ import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple
 
@@ -64,8 +64,8 @@ class Arguments:
     adapt_interval: int = 1000  # e of the paper: steps between two adaptations of the topology
     drop_fraction: float = 0.05  # eta of the paper: fraction of a layer's connections that an adaptation replaces
     adapt_until: float = 0.95  # fraction of the run after which the topology stays as it is
-    dense_moments: bool = False
-    """as the authors' code: moments follow all positions' gradient, and grown connections start with their step"""
+    dense_moments: bool = False  # as the authors' code: empty positions have moments too, and grown ones start by them
+    recycle_dormant: bool = False  # also draw hidden units anew that have died, when an adaptation is due
 
     seed: int = 0  # seed of everything random in the run; evaluations use seed + 100
     total_timesteps: int = 1_000_000  # environment steps of the run
@@ -98,9 +98,7 @@ class Arguments:
 
     # How a run is stored and shown; none of these changes a number that it computes.
     PRESENTATION: ClassVar = ("results_dir", "checkpoint_interval", "snapshot_at", "tensorboard", "track", "describe")
-
-    # What another algorithm, with a subclass of these arguments, sets anew.
-    OUTPUTS_PER_ACTION: ClassVar = 1  # of the actor
+    OUTPUTS_PER_ACTION: ClassVar = 1  # of the actor; another algorithm sets anew this and what follows
     # The paper's lambda for its two sparse layers of 256. Ant-v4 observes 27 numbers where the paper's Ant-v3 had 111:
     # 40 would be more than a full layer, and 12.6 keeps the paper's density of the actor's first layer (0.52).
     PAPER_LAMBDA: ClassVar = {
@@ -160,6 +158,7 @@ class Arguments:
         for name in ("sparsity", "er_lambda", "dense_moments"):
             if self.dense and getattr(self, name) not in (None, False):
                 raise InputError(f"--method {self.method} is dense: leave out --{name.replace('_', '-')}")
+        self._require(self.weight_decay or not self.recycle_dormant, "weight_decay", "positive with --recycle-dormant")
         for flag, package in (("tensorboard", "tensorboard"), ("track", "wandb"), ("track", "tensorboard")):
             if getattr(self, flag) and importlib.util.find_spec(package) is None:
                 raise InputError(f"--{flag} needs the package {package}: pip install {package}")
@@ -205,17 +204,17 @@ def variant(args: Arguments) -> str:
     for field in dataclasses.fields(args):
         value = getattr(args, field.name)
         if field.name not in unnamed and value is not None and value != getattr(papers, field.name):
-            if isinstance(value, tuple):
-                value = ",".join(f"{v:g}" for v in value)
+            value = ",".join(f"{v:g}" for v in value) if isinstance(value, tuple) else value
             shown = value.stem if isinstance(value, Path) else value
             name += f"_{field.name.replace('_', '-')}={shown}"
     return name
 
 
 # --- Sparse topology: the four pieces of the paper --------------------------------------------------------------------
-#
 # A weight matrix is [..., inputs, outputs]; leading axes are independent networks, such as the twin critics. A mask of
 # the same shape is 1 where the topology has a connection and 0 elsewhere. Masked weights are zero.
+
+DORMANT = 1e-6  # magnitude below which all incoming weights of a unit together show that it has died
 
 
 def count_connections(widths: list[int], sparsity: float | None = None, er_lambda: tuple | None = None) -> list[int]:
@@ -236,8 +235,7 @@ def count_connections(widths: list[int], sparsity: float | None = None, er_lambd
         totals = [np.minimum(kink * units, full).sum() for kink in kinks]
         er_lambda = np.interp((1 - (sparsity or 0)) * full.sum(), totals, kinks)
     counts = np.minimum(er_lambda * units, full)
-    # Rounding the running sum, not each count, keeps the total exact.
-    rounded = np.diff(np.floor(np.cumsum(counts) + 0.5), prepend=0).astype(int)
+    rounded = np.diff(np.floor(np.cumsum(counts) + 0.5), prepend=0).astype(int)  # of running sums: the total is exact
     if rounded.min() < 1:
         inputs, outputs = shapes[rounded.argmin()]
         raise InputError(f"--sparsity or --er-lambda leaves the layer of {inputs} x {outputs} without a connection")
@@ -256,16 +254,15 @@ def erdos_renyi_topology(shape: tuple[int, ...], connections: int, rng: Generato
 
 
 def adaptation_due(update: int, period: int, args: Arguments) -> bool:
-    """Tell whether a network that learns every ``period`` updates adapts its topology after one: piece 2, the schedule.
+    """Tell whether a network that learns every ``period`` updates is adapted after one: piece 2, the schedule.
 
     An adaptation is due every ``adapt_interval`` (e) steps rather than at every step, since a new connection needs
     time to grow before its magnitude says anything of its worth. A network that does not learn at that very step adapts
-    when it learns next. Topologies no longer change in the last ``1 - adapt_until`` of a run, as in the authors' code.
+    when it learns next. Nothing changes any more in the last ``1 - adapt_until`` of a run, as in the authors' code.
     """
     interval = args.adapt_interval * args.updates_per_step
-    if not args.adapts or update > args.adapt_until * args.total_timesteps * args.updates_per_step:
-        return False
-    return update // interval > (update - period) // interval
+    last = args.adapt_until * args.total_timesteps * args.updates_per_step
+    return update <= last and update // interval > (update - period) // interval
 
 
 def _networks(tensor: Tensor) -> Tensor:
@@ -297,13 +294,10 @@ def drop_and_grow(weight: Tensor, mask: Tensor, drop_fraction: float, rng: Gener
 
 
 def target_support(target: Tensor, mask: Tensor) -> Tensor:
-    """List the flat positions [..., positions] where a target is or can become non-zero until ``mask`` changes again.
-
-    Pruning among them is three times as fast as among all. Where stacked networks differ, some stay zero all along.
-    """
+    """List positions [..., positions] that can be non-zero in a target until ``mask`` changes: 3x faster to prune."""
     reachable = ((target != 0) | (mask != 0)).flatten(-2)
     order = reachable.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
-    return order[..., : int(reachable.sum(-1).max())].contiguous()
+    return order[..., : int(reachable.sum(-1).max())].contiguous()  # where stacked networks differ, some stay zero
 
 
 def prune_target(target: Tensor, support: Tensor, connections: int) -> None:
@@ -313,8 +307,7 @@ def prune_target(target: Tensor, support: Tensor, connections: int) -> None:
     become dense. ``target`` is [..., inputs, outputs] and is changed in place; ``support``, from ``target_support``,
     are the positions where it can be non-zero. A layer with no more than ``connections`` of them is left alone.
     """
-    # Zeros are the smallest of all, so the surplus of the support counts them before it takes any weight.
-    surplus = support.shape[-1] - connections
+    surplus = support.shape[-1] - connections  # counts zeros, the smallest of all, before it takes any weight
     if surplus <= 0:
         return
     for weights, positions in zip(_networks(target), support.view(-1, support.shape[-1]), strict=True):
@@ -356,10 +349,7 @@ def policy(layers: list[Layer], observation: Tensor, low: Tensor, high: Tensor) 
 
 
 def step_scale(mask: np.ndarray | Tensor, args: Arguments) -> float:
-    """Return by what Adam's steps in a layer's weights are multiplied: ``density ** -step_exponent``.
-
-    Few connections move a unit little. Sparse maximal-update parametrization (arXiv 2405.15743) has an exponent of 1.
-    """
+    """Return the factor of Adam's steps in a layer's weights (with exponent 1, that of SμPar, arXiv 2405.15743)."""
     return float(mask.sum() / math.prod(mask.shape)) ** -args.step_exponent
 
 
@@ -374,8 +364,7 @@ class MaskedNetwork:
     def __init__(self, layers: list[Layer], args: Arguments):
         self.args = args
         self.layers = [Layer(*(torch.tensor(array, device=args.device) for array in layer)) for layer in layers]
-        # A target's topology is where it is not zero; its masks are not used.
-        self.target = [Layer(*(tensor.clone() for tensor in layer)) for layer in self.layers]
+        self.target = [Layer(*(tensor.clone() for tensor in layer)) for layer in self.layers]  # their masks go unused
         self.initial_masks = [layer.mask.clone() for layer in self.layers]
         self.connections = [int(_networks(layer.mask)[0].sum()) for layer in self.layers]
         # Until the first adaptation a target shares its network's topology and needs no pruning.
@@ -387,8 +376,7 @@ class MaskedNetwork:
                 rates.setdefault(args.learning_rate * scale, []).append(tensor)
         groups = [{"params": tensors, "lr": rate} for rate, tensors in rates.items()]
         self.optimizer = torch.optim.Adam(groups, weight_decay=args.weight_decay, fused=True)
-        # Adam makes its state at its first step; checkpoints need it from the start.
-        for p in self.parameters:
+        for p in self.parameters:  # Adam makes its state at its first step; checkpoints need it from the start
             moments = {name: torch.zeros_like(p, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}
             self.optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
 
@@ -421,6 +409,21 @@ class MaskedNetwork:
             self.supports[index] = target_support(self.target[index].weight, layer.mask)
 
     @torch.no_grad()
+    def recycle(self, rng: Generator) -> None:
+        """Draw incoming weights and bias of each dormant hidden unit anew, as at the start (after arXiv 2302.12902).
+
+        A unit that nothing activates has no gradient; weight decay takes all its weights to zero, where connections
+        grown into it stay as well. Its outgoing ones have decayed too, so that nothing changes at once.
+        """
+        for layer in self.layers[:-1]:
+            dormant = (layer.weight.abs().sum(-2, keepdim=True) < DORMANT) & (layer.bias <= 0)
+            bound = 1 / math.sqrt(layer.weight.shape[-2])
+            for tensor, there in ((layer.weight, dormant & (layer.mask == 1)), (layer.bias, dormant)):
+                tensor[there] = torch.from_numpy(rng.uniform(-bound, bound, int(there.sum()))).to(tensor)
+                for moment in ("exp_avg", "exp_avg_sq"):
+                    self.optimizer.state[tensor][moment][there] = 0
+
+    @torch.no_grad()
     def update_target(self) -> None:
         """Move the target a step ``tau`` towards the network, then prune it back to the network's sparsity."""
         layers = zip(self.layers, self.target, self.supports, self.connections, strict=True)
@@ -447,8 +450,7 @@ class MaskedNetwork:
         """Take over what ``state`` returned. Raises KeyError or ValueError when it belongs to another network."""
         for number, tensor in enumerate(self._tensors()):
             stored = torch.from_numpy(state[f"{number}"])
-            # A support is the one tensor that grows and shrinks, and the only one of whole numbers.
-            if tensor.dtype == torch.int64:
+            if tensor.dtype == torch.int64:  # a support, the one tensor that grows and shrinks
                 tensor.resize_(stored.shape)
             if stored.shape != tensor.shape:
                 raise ValueError(f"its tensor {number} has shape {tuple(stored.shape)}, not {tuple(tensor.shape)}")
@@ -528,14 +530,20 @@ class TD3:
             batch = self.sample(buffer, rng)
             noise = rng.standard_normal((self.args.batch_size, len(self.bounds[0])), dtype=self.bounds[0].dtype)
             self.update_critics(batch, noise)
-            if adaptation_due(update, 1, self.args):
-                self.critics.adapt(rng)
+            self.adapt(self.critics, update, 1, rng)
             if update % delay == 0:
                 self.update_actor(batch)
-                if adaptation_due(update, delay, self.args):
-                    self.actor.adapt(rng)
+                self.adapt(self.actor, update, delay, rng)
                 self.actor.update_target()
                 self.critics.update_target()
+
+    def adapt(self, network, update: int, period: int, rng: Generator) -> None:
+        """Adapt a network that learns every ``period`` updates, if that is due after this one."""
+        if adaptation_due(update, period, self.args):
+            if self.args.adapts:
+                network.adapt(rng)
+            if self.args.recycle_dormant:
+                network.recycle(rng)
 
     def policy_layers(self) -> list[Layer]:
         """Return copies of the layers whose outputs, through a tanh, are the deterministic actions."""
@@ -618,8 +626,7 @@ class CheckedEnvironment(gymnasium.Wrapper):
 
 def make_environment(name: str, **options) -> gymnasium.Env:
     """Make an environment of Gymnasium. Raises InputError where there is none, or none with bounded vectors."""
-    # The paper's tasks are the -v4 ones; that newer versions exist is nothing the user should act on.
-    warnings.filterwarnings("ignore", message=".*is out of date.*")
+    warnings.filterwarnings("ignore", message=".*is out of date.*")  # on purpose: the paper's tasks are the -v4 ones
     try:
         env = gymnasium.make(name, disable_env_checker=True, **options)
     except Exception as error:  # an environment's own code can raise anything
@@ -784,15 +791,14 @@ def provenance() -> dict:
     """Return the versions, the git commit of this file and the machine that a run is made with."""
     git = ["git", "-C", str(Path(__file__).resolve().parent)]
     questions = (["rev-parse", "HEAD"], ["diff", "--name-only", "HEAD", "--", "*.py"])  # new figures are no other code
-    try:
+    commit = None
+    with suppress(OSError, subprocess.CalledProcessError):
         answers = [subprocess.run([*git, *q], capture_output=True, text=True, check=True).stdout for q in questions]
         commit = answers[0].strip() + ("-dirty" if answers[1] else "")
-    except (OSError, subprocess.CalledProcessError):
-        commit = None
     models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
-    processor = models[0].split(":")[1].strip() if models else platform.processor()
     modules = (sys.modules[name] for name in ("torch", "gymnasium", "numpy", "mujoco") if name in sys.modules)
     versions = {module.__name__: module.__version__ for module in modules}
+    processor = models[0].split(":")[1].strip() if models else platform.processor()
     machine = {"processor": processor, "cores": os.cpu_count(), "system": platform.platform()}
     return {"versions": {"python": platform.python_version()} | versions, "commit": commit, "machine": machine}
 
@@ -1006,15 +1012,11 @@ class Run:
     def finish(self) -> dict:
         """Write the trained policy and the summary, remove what only an unfinished run needs, return the summary."""
         returns = [row["return_mean"] for row in self.tables["evaluations"]]
-        summary = {
-            **self.costs,
-            "final_return": float(np.mean(returns[-10:])),
-            "lca": learning_curve_area(returns, self.args.eval_interval, self.args.total_timesteps),
-            "evaluations": len(returns),
-            "steps": self.step,
-            **{f"{name}_seconds": round(value, 1) for name, value in self.seconds.items()},
-            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        }
+        lca = learning_curve_area(returns, self.args.eval_interval, self.args.total_timesteps)
+        summary = self.costs | {"final_return": float(np.mean(returns[-10:])), "lca": lca}
+        summary |= {"evaluations": len(returns), "steps": self.step}
+        summary |= {f"{name}_seconds": round(value, 1) for name, value in self.seconds.items()}
+        summary |= {"peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
         self.save_policy("policy.npz")
         write_json(self.directory.path / "summary.json", summary)
         self.directory.remove_working_files()
@@ -1091,8 +1093,7 @@ def advance_to_the_end(run: Run, progress: Progress, stop_signals: list[signal.S
 def train(args: Arguments) -> int:
     """Train, or go on training, as resolved arguments say. Returns the exit code; raises InputError and RunError."""
     torch.set_num_threads(args.threads)
-    # Moments and target weights that decay towards zero become denormal, which slows a CPU many times over.
-    torch.set_flush_denormal(True)
+    torch.set_flush_denormal(True)  # what decays towards zero becomes denormal, which slows a CPU many times over
     directory = RunDirectory(args)
     # Making a run may compile, which a finished one need not; only under the lock is it sure whether it is finished.
     run = None if directory.finished else Run(args, directory)
@@ -1132,6 +1133,8 @@ def command_line(program: Callable[[str], int | None]) -> int:
     name = Path(sys.argv[0]).name
     try:
         return program(name) or 0
+    except KeyboardInterrupt:  # where training has not begun
+        return 128 + signal.SIGINT
     except (InputError, RunError) as error:
         print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
@@ -1139,10 +1142,7 @@ def command_line(program: Callable[[str], int | None]) -> int:
 
 def main(arguments: type[Arguments] = Arguments) -> int:
     """Run the command line of an algorithm and return its exit code."""
-    try:
-        return command_line(lambda name: start(tyro.cli(arguments, prog=name)))
-    except KeyboardInterrupt:  # before training has begun
-        return 128 + signal.SIGINT
+    return command_line(lambda name: start(tyro.cli(arguments, prog=name)))
 
 
 if __name__ == "__main__":

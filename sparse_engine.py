@@ -40,14 +40,13 @@ from numba.extending import intrinsic
 from scipy.linalg import cython_blas  # noqa: F401  numba's np.dot takes it, and only what is loaded can be limited
 from threadpoolctl import threadpool_limits
 
-from dst_td3 import TD3, Arguments, Layer, ReplayBuffer, step_scale
+from dst_td3 import DORMANT, TD3, Arguments, Layer, ReplayBuffer, step_scale
 
 BETAS = (0.9, 0.999)  # Adam's, as torch has them by default
 # No assumption that values are finite: a diverged network must show as one.
 COMPILED = {"cache": True, "fastmath": {"contract", "reassoc", "nsz", "arcp"}, "error_model": "numpy"}
 
 # --- Kernels ----------------------------------------------------------------------------------------------------------
-#
 # A tile is some columns of a row of activations, counted in half vectors so that a batch of 100 wastes at most a half.
 FEATURES = cpu_target.target_context.codegen().magic_tuple()[2]
 VECTOR_BYTES = 64 if "+avx512f" in FEATURES else 32 if "+avx" in FEATURES else 16
@@ -304,7 +303,6 @@ def batch_layout(batch: int, itemsize: int) -> tuple[int, int]:
 
 
 # --- Sparse topology: pieces 3 and 4 of the paper ---------------------------------------------------------------------
-#
 # A position is input * outputs + output, its place in the dense matrix that is never made; a topology is a sorted array
 # of them.
 
@@ -384,7 +382,6 @@ def zero_up_to(bits: np.ndarray, limit: int) -> None:
 
 
 # --- Sparse networks --------------------------------------------------------------------------------------------------
-#
 # The L layers of N stacked networks are numbered n * L + l. Their outputs ("rows") follow one another in that order,
 # and so do their inputs ("columns"). The units of a stack are its shared inputs and then all rows. A layer of many
 # inputs and connections is cut into bands of inputs, each with compressed rows of its own ("segments"): the forward
@@ -584,8 +581,7 @@ def soft_update(network: Arrays, target_bits: np.ndarray, extra_bits: np.ndarray
         row = next_row
 
 
-# What a connection keeps from one topology to the next.
-CARRIED = ("parameters", "target", "first_moment", "second_moment")
+CARRIED = ("parameters", "target", "first_moment", "second_moment")  # what a connection keeps as the topology changes
 
 
 class Block(NamedTuple):
@@ -709,6 +705,23 @@ class SparseNetwork:
         carried["target"][there], extra[here] = values[here], False
         self._write(block, adapted, **carried)
         return positions[extra], values[extra]
+
+    def recycle(self, rng: np.random.Generator) -> None:
+        """As ``MaskedNetwork.recycle``, with the same draws: recycle dormant hidden units."""
+        arrays = self.arrays
+        for layer in range(self.depth - 1):
+            weights, biases, bound = [], [], 1 / math.sqrt(self.blocks[layer].inputs)
+            for block in self.blocks[layer :: self.depth]:
+                topology, place = self._topology(block)
+                output = topology % block.outputs
+                bias = len(arrays.input_index) + np.arange(block.rows.start, block.rows.stop)
+                magnitude = np.bincount(output, np.abs(arrays.parameters[place]), block.outputs)
+                dormant = (magnitude < DORMANT) & (arrays.parameters[bias] <= 0)
+                weights.append(place[dormant[output]])
+                biases.append(bias[dormant])
+            for there in map(np.concatenate, (weights, biases)):
+                arrays.parameters[there] = rng.uniform(-bound, bound, len(there))
+                arrays.first_moment[there] = arrays.second_moment[there] = 0
 
     def _topology(self, block: Block) -> tuple[np.ndarray, np.ndarray]:
         """Return the sorted positions of a layer's connections, and where each is among the weights."""
@@ -921,10 +934,7 @@ def fit_critics(critics, values, rows, picks, next_values, settings, steps):
 
 @njit(**COMPILED)
 def update_critics(actor, critics, actor_values, values, rows, picks, noise, settings, steps):
-    """Fit all critics to the smallest of the target critics' values (clipped double Q-learning).
-
-    The batch is as in ``target_values``. Returns the loss and the mean value.
-    """
+    """Fit all critics to the smallest target value (clipped double Q-learning); return the loss and the mean value."""
     low, high = settings.low, settings.high
     size, observations, actions = len(picks), actor.sizes[0], len(low)
     gather(actor_values, rows, picks, observations + actions + 1, rows.shape[1] - 1)
@@ -944,17 +954,13 @@ def in_threads(update):
     A thread inherits from the one that starts it how denormals are treated.
     """
     options = {"prange": True, **dict.fromkeys(("comprehension", "inplace_binop", "numpy", "setitem"), False)}
-    # A name of its own keeps it apart from the other in numba's cache.
-    code = update.py_func.__code__.replace(co_qualname="update_critics_in_threads")
+    code = update.py_func.__code__.replace(co_qualname="update_critics_in_threads")  # apart in numba's cache
     return njit(**COMPILED, parallel=options)(FunctionType(code, update.py_func.__globals__))
 
 
 @njit(**COMPILED)
 def update_actor(actor, critics, actor_values, values, rows, picks, settings, steps):
-    """Move the actor towards actions that the first critic values more (deterministic policy gradient).
-
-    The batch is as in ``target_values``. Returns the loss.
-    """
+    """Move the actor towards actions that the first critic values more, and return the loss."""
     low, high = settings.low, settings.high
     size, observations, actions = len(picks), actor.sizes[0], len(low)
     gather(actor_values, rows, picks, 0, observations)

@@ -161,6 +161,19 @@ def test_a_sparse_layers_steps_grow_with_its_sparsity():
         assert np.abs(layer.bias - was.bias).max() == pytest.approx(1e-3, rel=1e-3)
 
 
+@pytest.mark.parametrize("recycles", [False, True])
+@pytest.mark.parametrize("method", ["td3", "static-td3", "ds-td3"])
+def test_only_what_was_asked_for_is_done_to_a_topology(monkeypatch, method, recycles):
+    sparsity = None if method == "td3" else 0.5
+    agent, done = make_agent(method=method, sparsity=sparsity, recycle_dormant=recycles, adapt_interval=4), []
+    for name, network in agent.networks.items():
+        for piece in ("adapt", "recycle"):
+            monkeypatch.setattr(network, piece, lambda rng, name=name, piece=piece: done.append((name, piece)))
+    train(agent, range(1, 9))
+    pieces = ["adapt"] * (method == "ds-td3") + ["recycle"] * recycles
+    assert done == [(name, piece) for name in ("critic", "actor") for piece in pieces] * 2
+
+
 def test_several_updates_a_step_each_with_a_batch_of_its_own(monkeypatch):
     agent, done = make_agent(sparsity=0.5, updates_per_step=3, adapt_interval=2), []
     for name in ("update_critics", "update_actor"):

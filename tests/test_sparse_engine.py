@@ -99,6 +99,7 @@ def cases(draw):
         weight_decay=draw(st.sampled_from([0, 2e-4, 0.1])),
         updates_per_step=draw(st.integers(1, 3)),
         step_exponent=draw(st.sampled_from([0, 0.5, 1])),
+        recycle_dormant=draw(st.booleans()),
     )
     batch_size = draw(st.one_of(st.integers(1, 40), st.sampled_from([100, 129, 300])))
     return Case(*sizes, *counts, args, batch_size, seed=draw(st.integers(0, 1000)))
@@ -209,6 +210,45 @@ def test_engines_agree_over_hundreds_of_updates():
     pair = Pair(case(args=dataclasses.replace(DEFAULTS, adapt_interval=30), batch_size=37))
     pair.train_over_ten_adaptations()
     assert len(pair.sparse.critics.arrays.extra_weight) > 0
+
+
+def test_engines_draw_the_same_dormant_units_anew():
+    """Units 0 to 2 of each hidden layer have died, unit 3 still has a positive bias, and unit 4 one weight."""
+
+    class Dormant(Case):
+        def agent(self, engine):
+            agent, rng = super().agent(engine)
+            networks = [network.layer_arrays() for network in (agent.actor, agent.critics)]
+            for layer in itertools.chain(*(layers[:-1] for layers in networks)):
+                layer.bias[..., :3], layer.bias[..., 3] = -1e-20, 1e-20
+                layer.weight[..., :5] *= 1e-9
+                first = layer.mask[..., 4].argmax(-1)
+                np.put_along_axis(layer.weight[..., 4], first[..., None], 0.1, -1)
+            return engine(*networks, self.bounds, self.args), rng
+
+    args = dataclasses.replace(DEFAULTS, method="static-td3", recycle_dormant=True, adapt_interval=2)
+    pair = Pair(Dormant(**vars(case(args=args))))
+    before = [network.layer_arrays() for network in (pair.sparse.actor, pair.sparse.critics)]
+    for (sparse, masked), layers in zip(pair.networks, before, strict=True):
+        sparse.arrays.first_moment[:] = sparse.arrays.second_moment[:] = 1
+        for layer in masked.layers:
+            for name in ("exp_avg", "exp_avg_sq"):
+                masked.optimizer.state[layer.weight][name].copy_(layer.mask)
+                masked.optimizer.state[layer.bias][name].fill_(1)
+        generators = np.random.default_rng(3), np.random.default_rng(3)
+        for network, rng in zip((sparse, masked), generators, strict=True):
+            network.recycle(rng)
+        for index, (old, new) in enumerate(zip(layers, sparse.layer_arrays(), strict=True)):
+            drawn = new.weight != old.weight
+            assert drawn[..., :3].sum() == old.mask[..., :3].sum() * (index < 2) and not drawn[..., 3:].any()
+            assert (new.bias != old.bias).sum() == (3 * new.bias[..., 0].size if index < 2 else 0)
+            bound = 1 / np.sqrt(new.weight.shape[-2])
+            assert bound / 2 < np.abs(new.weight[drawn]).max(initial=bound) <= bound
+            np.testing.assert_array_equal(new.mask, old.mask)
+    pair.assert_matrices_agree(rtol=0, atol=0)
+    pair.train(range(1, 8))
+    pair.assert_agree(rtol=1e-8, atol=1e-11)
+    pair.assert_same_draws()
 
 
 def test_engines_agree_on_a_dense_agent():
