@@ -10,7 +10,7 @@ cd "$(dirname "$0")"
 # --snapshot-at and --initial-policy stands for the policy after N % of a run, the paper's 5e5 and 7e5 steps;
 # --initial-policy takes that of the run that is otherwise the same. Several environments stand between commas.
 four=HalfCheetah-v4,Walker2d-v4,Hopper-v4,Ant-v4
-recipe='--step-exponent 0.5 --updates-per-step 2' # with it agents at 0.9 and above learn better
+recipe='--step-exponent 0.5 --updates-per-step 2 --recycle-dormant' # with it agents at 0.9 and above learn better
 # shown in                      environment     method      further arguments
 grid="
 fig1,tables,fig2,fig4,fig5      HalfCheetah-v4  ds-td3      --snapshot-at 50% 70%
@@ -43,8 +43,8 @@ fig5                            $four           ds-td3      --sparsity 0.95 $rec
 fig5                            $four           static-td3  --sparsity 0.9 $recipe
 fig5                            $four           ds-td3      --sparsity 0.9
 fig5                            $four           ds-td3      --sparsity 0.95
-fig5                            HalfCheetah-v4,Walker2d-v4 td3         --updates-per-step 2
-fig5                            HalfCheetah-v4  td3         --hidden 77 77 --updates-per-step 2
+fig5                            HalfCheetah-v4,Walker2d-v4 td3         $recipe
+fig5                            HalfCheetah-v4  td3         --hidden 77 77 $recipe
 appendix                        HalfCheetah-v4  ds-sac
 appendix                        HalfCheetah-v4  sac
 appendix                        Hopper-v4       ds-sac

@@ -102,11 +102,11 @@ def test_list_covers_the_papers_grid_once():
     for method in ("td3", "ds-td3"):
         expected |= {(cheetah, method, f"_initial-policy=policy-{step}") for step in (500_000, 700_000)}
     expected |= {(env, method, "") for env in papers for method in ("ds-sac", "sac")}
-    recipe = "_updates-per-step=2_step-exponent=0.5"
+    recipe = "_recycle-dormant=True_updates-per-step=2_step-exponent=0.5"
     expected |= {(env, "ds-td3", f"_sparsity={s}{r}") for env in FOUR for s in (0.9, 0.95) for r in ("", recipe)}
     expected |= {(env, "static-td3", f"_sparsity=0.9{recipe}") for env in FOUR}
-    expected |= {(env, "td3", "_updates-per-step=2") for env in (cheetah, "Walker2d-v4")}
-    expected |= {(cheetah, "td3", "_hidden=77,77_updates-per-step=2")}
+    expected |= {(env, "td3", recipe) for env in (cheetah, "Walker2d-v4")}
+    expected |= {(cheetah, "td3", f"_hidden=77,77{recipe}")}
     found = [(a.env, a.method, dst_td3.variant(a).removeprefix(a.method), a.seed) for a in listed]
     assert sorted(found) == sorted((*setting, seed) for setting in expected for seed in range(5))
     assert all(a.total_timesteps == 1_000_000 and a.threads == 1 for a in listed)
