@@ -26,6 +26,7 @@ from conftest import (
 )
 
 import dst_td3
+from dst_sac import SACArguments
 
 
 @pytest.fixture(scope="session")
@@ -191,10 +192,6 @@ def test_an_environment_with_randomness_of_its_own_is_not_resumed(command_line, 
 def test_the_committed_runs_are_finished(command_line, monkeypatch):
     """Also where arguments have been added since they were made, and on a machine with a GPU."""
 
-    @dataclasses.dataclass(frozen=True)
-    class MoreArguments(dst_td3.Arguments):
-        added_later: float = 0.5
-
     monkeypatch.setattr(dst_td3.torch.cuda, "is_available", lambda: True)
     directories = [
         path.parent for path in (dst_td3.Path(dst_td3.__file__).parent / "results").glob("*-v4/*/*/summary.json")
@@ -202,11 +199,11 @@ def test_the_committed_runs_are_finished(command_line, monkeypatch):
     assert len(directories) >= 6
     for directory in directories:
         stored = json.loads((directory / "config.json").read_text())["arguments"]
-        changed = {name: stored[name] for name in ("env", "method", "seed", "total_timesteps", "dense_moments")}
-        args = MoreArguments(**changed, results_dir=directory.parents[2])
-        if stored["er_lambda"] is None and stored["sparsity"] is not None:
-            args = dataclasses.replace(args, sparsity=stored["sparsity"])
-        args = dst_td3.resolve(args)
+        algorithm = dst_td3.Arguments if stored["method"].endswith("td3") else SACArguments
+        more = dataclasses.make_dataclass("More", [("added_later", float, 0.5)], bases=(algorithm,), frozen=True)
+        left_open = ("engine", "device")
+        given = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items() if k not in left_open}
+        args = dst_td3.resolve(more(**given, results_dir=directory.parents[2]))
         assert (args.engine, args.device) == (stored["engine"], stored["device"])
         run_directory = dst_td3.RunDirectory(args)
         assert run_directory.finished and run_directory.path == directory
