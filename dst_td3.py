@@ -64,7 +64,7 @@ class Arguments:
     adapt_interval: int = 1000  # e of the paper: steps between two adaptations of the topology
     drop_fraction: float = 0.05  # eta of the paper: fraction of a layer's connections that an adaptation replaces
     adapt_until: float = 0.95  # fraction of the run after which the topology stays as it is
-    dense_moments: bool = False  # as the authors' code: empty positions have moments too, and grown ones start by them
+    dense_moments: bool = False  # as the authors' code: empty positions have moments too, and what grows keeps its step
     recycle_dormant: bool = False  # also draw hidden units anew that have died, when an adaptation is due
 
     seed: int = 0  # seed of everything random in the run; evaluations use seed + 100
@@ -294,7 +294,7 @@ def drop_and_grow(weight: Tensor, mask: Tensor, drop_fraction: float, rng: Gener
 
 
 def target_support(target: Tensor, mask: Tensor) -> Tensor:
-    """List positions [..., positions] that can be non-zero in a target until ``mask`` changes: 3x faster to prune."""
+    """List flat positions [..., positions] possibly non-zero in a target until ``mask`` changes: 3x faster to prune."""
     reachable = ((target != 0) | (mask != 0)).flatten(-2)
     order = reachable.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
     return order[..., : int(reachable.sum(-1).max())].contiguous()  # where stacked networks differ, some stay zero
@@ -324,14 +324,18 @@ class Layer(NamedTuple):
     bias: np.ndarray | Tensor
 
 
+def initial_values(inputs: int, size: int | tuple[int, ...], rng: Generator) -> np.ndarray:
+    """Draw weights or biases of units with so many ``inputs``, as torch does for a linear layer."""
+    return rng.uniform(-1 / math.sqrt(inputs), 1 / math.sqrt(inputs), size)
+
+
 def initial_layers(widths: list[int], connections: list[int], rng: Generator, networks: tuple = ()) -> list[Layer]:
     """Draw the first topology and weights of a network, or of a stack of them with the leading axes ``networks``."""
     layers = []
     for (inputs, outputs), count in zip(itertools.pairwise(widths), connections, strict=True):
-        bound = 1 / math.sqrt(inputs)  # torch's own initialization of a linear layer
         mask = erdos_renyi_topology((*networks, inputs, outputs), count, rng)
-        weight = rng.uniform(-bound, bound, mask.shape).astype(np.float32) * mask
-        bias = rng.uniform(-bound, bound, (*networks, 1, outputs)).astype(np.float32)
+        weight = initial_values(inputs, mask.shape, rng).astype(np.float32) * mask
+        bias = initial_values(inputs, (*networks, 1, outputs), rng).astype(np.float32)
         layers.append(Layer(weight, mask, bias))
     return layers
 
@@ -417,9 +421,8 @@ class MaskedNetwork:
         """
         for layer in self.layers[:-1]:
             dormant = (layer.weight.abs().sum(-2, keepdim=True) < DORMANT) & (layer.bias <= 0)
-            bound = 1 / math.sqrt(layer.weight.shape[-2])
             for tensor, there in ((layer.weight, dormant & (layer.mask == 1)), (layer.bias, dormant)):
-                tensor[there] = torch.from_numpy(rng.uniform(-bound, bound, int(there.sum()))).to(tensor)
+                tensor[there] = tensor.new_tensor(initial_values(layer.weight.shape[-2], int(there.sum()), rng))
                 for moment in ("exp_avg", "exp_avg_sq"):
                     self.optimizer.state[tensor][moment][there] = 0
 
@@ -789,15 +792,13 @@ def load_policy(path: Path, env: str) -> Callable[[np.ndarray], np.ndarray]:
 
 def provenance() -> dict:
     """Return the versions, the git commit of this file and the machine that a run is made with."""
-    git = ["git", "-C", str(Path(__file__).resolve().parent)]
+    git, commit = ["git", "-C", str(Path(__file__).resolve().parent)], None
     questions = (["rev-parse", "HEAD"], ["diff", "--name-only", "HEAD", "--", "*.py"])  # new figures are no other code
-    commit = None
     with suppress(OSError, subprocess.CalledProcessError):
         answers = [subprocess.run([*git, *q], capture_output=True, text=True, check=True).stdout for q in questions]
         commit = answers[0].strip() + ("-dirty" if answers[1] else "")
     models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
-    modules = (sys.modules[name] for name in ("torch", "gymnasium", "numpy", "mujoco") if name in sys.modules)
-    versions = {module.__name__: module.__version__ for module in modules}
+    versions = {n: sys.modules[n].__version__ for n in ("torch", "gymnasium", "numpy", "mujoco") if n in sys.modules}
     processor = models[0].split(":")[1].strip() if models else platform.processor()
     machine = {"processor": processor, "cores": os.cpu_count(), "system": platform.platform()}
     return {"versions": {"python": platform.python_version()} | versions, "commit": commit, "machine": machine}
@@ -1013,9 +1014,8 @@ class Run:
         """Write the trained policy and the summary, remove what only an unfinished run needs, return the summary."""
         returns = [row["return_mean"] for row in self.tables["evaluations"]]
         lca = learning_curve_area(returns, self.args.eval_interval, self.args.total_timesteps)
-        summary = self.costs | {"final_return": float(np.mean(returns[-10:])), "lca": lca}
-        summary |= {"evaluations": len(returns), "steps": self.step}
-        summary |= {f"{name}_seconds": round(value, 1) for name, value in self.seconds.items()}
+        summary = self.costs | {"final_return": float(np.mean(returns[-10:])), "lca": lca, "evaluations": len(returns)}
+        summary |= {"steps": self.step} | {f"{name}_seconds": round(value, 1) for name, value in self.seconds.items()}
         summary |= {"peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
         self.save_policy("policy.npz")
         write_json(self.directory.path / "summary.json", summary)

@@ -40,7 +40,7 @@ from numba.extending import intrinsic
 from scipy.linalg import cython_blas  # noqa: F401  numba's np.dot takes it, and only what is loaded can be limited
 from threadpoolctl import threadpool_limits
 
-from dst_td3 import DORMANT, TD3, Arguments, Layer, ReplayBuffer, step_scale
+from dst_td3 import DORMANT, TD3, Arguments, Layer, ReplayBuffer, initial_values, step_scale
 
 BETAS = (0.9, 0.999)  # Adam's, as torch has them by default
 # No assumption that values are finite: a diverged network must show as one.
@@ -710,7 +710,7 @@ class SparseNetwork:
         """As ``MaskedNetwork.recycle``, with the same draws: recycle dormant hidden units."""
         arrays = self.arrays
         for layer in range(self.depth - 1):
-            weights, biases, bound = [], [], 1 / math.sqrt(self.blocks[layer].inputs)
+            weights, biases = [], []
             for block in self.blocks[layer :: self.depth]:
                 topology, place = self._topology(block)
                 output = topology % block.outputs
@@ -720,7 +720,7 @@ class SparseNetwork:
                 weights.append(place[dormant[output]])
                 biases.append(bias[dormant])
             for there in map(np.concatenate, (weights, biases)):
-                arrays.parameters[there] = rng.uniform(-bound, bound, len(there))
+                arrays.parameters[there] = initial_values(self.blocks[layer].inputs, len(there), rng)
                 arrays.first_moment[there] = arrays.second_moment[there] = 0
 
     def _topology(self, block: Block) -> tuple[np.ndarray, np.ndarray]:
@@ -960,7 +960,7 @@ def in_threads(update):
 
 @njit(**COMPILED)
 def update_actor(actor, critics, actor_values, values, rows, picks, settings, steps):
-    """Move the actor towards actions that the first critic values more, and return the loss."""
+    """Move the actor towards actions that the first critic values more; return the loss. Batch: ``target_values``."""
     low, high = settings.low, settings.high
     size, observations, actions = len(picks), actor.sizes[0], len(low)
     gather(actor_values, rows, picks, 0, observations)
