@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import FIGURES, read_table
 
@@ -117,6 +118,17 @@ def write_run(
     return folder
 
 
+def write_policy(folder: Path, closed: tuple[list[int], list[int]]) -> None:
+    """Write a full actor of 3, 4, 4 and 2 units whose hidden units ``closed`` have neither weights nor bias."""
+    layers = []
+    for inputs, outputs, units in ((3, 4, closed[0]), (4, 4, closed[1]), (4, 2, [])):
+        weight, bias = np.ones((inputs, outputs), np.float32), np.ones((1, outputs), np.float32)
+        weight[:, units] = bias[:, units] = 0
+        layers.append(dst_td3.Layer(weight, np.ones_like(weight), bias))
+    layers[0].weight[:, 2] = 0  # a unit that its bias keeps open
+    dst_td3.save_policy(folder / "policy.npz", layers, (-np.ones(2), np.ones(2)), folder.parents[1].name)
+
+
 def write_resumed_run(results: Path, seed: int, sessions: list[dict]) -> None:
     """Write a run of DS-TD3 whose first session and those that went on with it differ by ``sessions``."""
     path = write_run(results, "Hopper-v4", "ds-td3", seed, CURVE) / "config.json"
@@ -164,6 +176,8 @@ def whole(tmp_path_factory):
         for env, seed in itertools.product(environments, range(5)):
             returns = written[env, variant, seed] = learning(rng, 3000 + 200 * seed, 6)
             write_run(results, env, variant, seed, returns)
+    for seed, closed in enumerate((([1], [0]), ([0, 1, 3], [0]))):
+        write_policy(results / "Hopper-v4" / "ds-td3" / f"seed{seed}", closed)
     (results / "benchmarks").mkdir()
     (results / "benchmarks" / "end_to_end.csv").write_text(
         "implementation,microseconds_per_step\nrltools,2000\n"
@@ -316,6 +330,14 @@ def test_time_to_dense_is_steps_at_the_speed_that_the_benchmark_measured(whole):
     assert row["of RLtools' whole run"] == f"{step * 1000 / 2e9:.0%}"
 
 
+def test_dormant_units_are_counted_with_their_connections(whole):
+    (row,) = whole[0]["dormant_units"]
+    assert (row["environment"], row["method"], row["seeds"]) == ("Hopper-v4", "DS-TD3", "2")
+    assert row["dormant units of each hidden layer"] == "2 and 1"
+    # Of 12 + 16 + 8 connections: 3 + 7 + 2 with one closed unit in the first layer, 9 + 13 + 2 with three.
+    assert row["the actor's connections into or out of them"] == "50%"
+
+
 def test_whole_results_leave_no_remark(whole):
     coverage = whole[0]["coverage"]
     assert len(coverage) == 15 + 3 + 3 + 4 + 10 + 23
@@ -367,6 +389,7 @@ def test_partial_results_are_used_and_named(tmp_path):
     (write_run(tmp_path, "Ant-v4", "td3", 2, one) / "config.json").write_text("{")
     (write_run(tmp_path, "Ant-v4", "td3", 3, one) / "evaluations.csv").write_text("")
     (write_run(tmp_path, "Ant-v4", "td3", 4, one) / "summary.json").write_text("{}")
+    (write_run(tmp_path, "Ant-v4", "td3", 5, one) / "policy.npz").write_text("")
     # What is no part of the paper stays out of its figures.
     write_run(tmp_path, "Ant-v4", "ds-td3_dense-moments=True", 0, one)
     write_run(tmp_path / "quick", "Walker2d-v4", "td3", 0, one)
@@ -395,7 +418,7 @@ def test_partial_results_are_used_and_named(tmp_path):
     last_ten = [f"{statistics.mean(returns[-10:]):,.1f}" for returns in short]
     assert [row["return"] for row in tables["dense_moments"]] == last_ten
     text = (tmp_path / "analysis.ipynb").read_text()
-    for seed in (2, 3, 4):
+    for seed in (2, 3, 4, 5):
         assert f"{tmp_path}/Ant-v4/td3/seed{seed}` (" in text
     assert "lacks the columns implementation" in text
 
