@@ -3,10 +3,12 @@
 What is here is SAC alone (Haarnoja et al., "Soft Actor-Critic", arXiv 1801.01290, and "Soft Actor-Critic Algorithms and
 Applications", arXiv 1812.05905): its arguments, its stochastic actor and its losses. Topology, networks, replay buffer,
 run and command line are imported. ``sparse_sac.py`` computes the same update on connections alone.
+
+What differs from other SACs is the paper's or its TD3's: the temperature is fixed, targets are copies made every 1,000
+updates instead of moving averages, Adam has weight decay, and all updates of a step share a batch.
 """
 
 import dataclasses
-import importlib.util
 import math
 import sys
 from typing import ClassVar, Literal
@@ -48,6 +50,7 @@ class SACArguments(Arguments):
     tau: ClassVar = 1.0
     initial_policy: ClassVar = None
 
+    ENGINE_MODULES: ClassVar = ("sparse_engine", "sparse_sac")
     OUTPUTS_PER_ACTION: ClassVar = 2  # mean and logarithmic deviation
     # For Ant-v4 as in TD3: the paper's 30 would be more than a full layer, 9.5 keeps its density on Ant-v3 (0.39).
     PAPER_LAMBDA: ClassVar = {
@@ -57,11 +60,6 @@ class SACArguments(Arguments):
         "Ant-v4": (9.5, 64.0),
         "Humanoid-v4": (61.0, 64.0),
     }
-
-    @property
-    def sparse_engine_fits(self) -> bool:
-        """Whether the sparse engine and its SAC are there and can train this agent."""
-        return super().sparse_engine_fits and importlib.util.find_spec("sparse_sac") is not None
 
     def validate(self) -> None:
         """Raise InputError for the first argument that no run can use."""
@@ -95,7 +93,7 @@ class SAC(TD3):
     @property
     def temperature(self) -> float:
         """The weight of the entropy, alpha."""
-        return math.exp(self.log_temperature[0])
+        return math.exp(min(self.log_temperature[0], 80))  # far beyond use, and still a number in float32
 
     def act(self, observation: np.ndarray) -> np.ndarray:
         """Return the deterministic action [actions], that of the mean, for one observation [observations]."""
@@ -109,7 +107,7 @@ class SAC(TD3):
 
     def _stretched(self, unbounded: np.ndarray) -> np.ndarray:
         low, high = self.bounds
-        return np.tanh(unbounded) * (high - low) / 2 + (high + low) / 2
+        return (np.tanh(unbounded) * (high - low) / 2 + (high + low) / 2).clip(low, high)  # which rounding can leave
 
     def learn(self, buffer: ReplayBuffer, step: int, rng: Generator) -> None:
         """Do the learning of one environment step: both updates, with adaptations as in Algorithm 1 of the paper."""
@@ -205,11 +203,11 @@ class MaskedSAC(MaskedTD3, SAC):
     def update_actor(self, batch: Batch, noise: np.ndarray) -> None:
         """Move the actor towards actions that the lesser critic values more, and towards entropy."""
         (observation,) = self._to_device(batch.observation)
-        action, log_probability = self.draw(observation, noise)
+        action, drawn_log_probability = self.draw(observation, noise)
         values = forward(self.critics.layers, torch.cat([observation, action], dim=-1))
-        loss = (self.temperature * log_probability - values.amin(dim=-3)).mean()
+        loss = (self.temperature * drawn_log_probability - values.amin(dim=-3)).mean()
         self.actor.minimize(loss)
-        self.losses |= {"actor_loss": loss.detach(), "entropy": -log_probability.detach().mean()}
+        self.losses |= {"actor_loss": loss.detach(), "entropy": -drawn_log_probability.detach().mean()}
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ class Arguments:
     gamma: float = 0.99  # discount factor
     tau: float = 0.005  # rate at which target networks follow theirs
     policy_frequency: int = 2  # d of the paper: critic updates for each update of the actor and the targets
-    updates_per_step: int = 1  # critic updates after each environment step
+    updates_per_step: int = 1  # updates after each environment step, of the critics where the policy is delayed
     learning_rate: float = 1e-3  # Adam's learning rate, actor and critics
     step_exponent: float = 0.0  # a sparse layer learns at density ** -step_exponent times the learning rate
     weight_decay: float = 2e-4  # L2 penalty, actor and critics
@@ -99,6 +99,7 @@ class Arguments:
     # How a run is stored and shown; none of these changes a number that it computes.
     PRESENTATION: ClassVar = ("results_dir", "checkpoint_interval", "snapshot_at", "tensorboard", "track", "describe")
     OUTPUTS_PER_ACTION: ClassVar = 1  # of the actor; another algorithm sets anew this and what follows
+    ENGINE_MODULES: ClassVar = ("sparse_engine",)  # what --engine sparse needs of this project
     # The paper's lambda for its two sparse layers of 256. Ant-v4 observes 27 numbers where the paper's Ant-v3 had 111:
     # 40 would be more than a full layer, and 12.6 keeps the paper's density of the actor's first layer (0.52).
     PAPER_LAMBDA: ClassVar = {
@@ -127,7 +128,7 @@ class Arguments:
     @property
     def sparse_engine_fits(self) -> bool:
         """Whether the sparse engine is there and can train this agent."""
-        needed = map(importlib.util.find_spec, ("sparse_engine", "numba", "scipy", "threadpoolctl"))
+        needed = map(importlib.util.find_spec, (*self.ENGINE_MODULES, "numba", "scipy", "threadpoolctl"))
         return all(needed) and self.device == "cpu" and not self.dense_moments
 
     def _require(self, condition: bool, name: str, expected: str) -> None:
@@ -170,7 +171,8 @@ class Arguments:
         if self.engine == "masked":
             return MaskedTD3
         if not self.sparse_engine_fits:
-            raise InputError("--engine sparse needs a CPU, sparse_engine.py and its packages, and no --dense-moments")
+            modules = " and ".join(f"{module}.py" for module in self.ENGINE_MODULES)
+            raise InputError(f"--engine sparse needs a CPU, {modules} with all packages, and no --dense-moments")
         from sparse_engine import SparseTD3
 
         return SparseTD3
@@ -349,7 +351,8 @@ def forward(layers: list[Layer], x: Tensor) -> Tensor:
 
 def policy(layers: list[Layer], observation: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """Return an actor's actions [..., batch, actions], within [low, high], for [..., batch, observations]."""
-    return torch.tanh(forward(layers, observation)) * (high - low) / 2 + (high + low) / 2
+    action = torch.tanh(forward(layers, observation)) * (high - low) / 2 + (high + low) / 2
+    return action.clamp(low, high)  # which rounding can leave
 
 
 def step_scale(mask: np.ndarray | Tensor, args: Arguments) -> float:
@@ -826,7 +829,7 @@ class RunDirectory:
         try:
             return self.defaults | json.loads(self.config.read_text())["arguments"]
         except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{self.config} is damaged: move it away, or choose another --results-dir") from error
+            raise InputError(f"{self.config} is damaged: move its folder away, or choose a --results-dir") from error
 
     @contextmanager
     def opened(self):
@@ -1045,7 +1048,7 @@ class Progress:
         if args.track:
             import wandb
 
-            options = {"project": "dst-td3", "name": "-".join(directory.path.parts[-3:]), "config": directory.arguments}
+            options = {"project": "dst-rl", "name": "-".join(directory.path.parts[-3:]), "config": directory.arguments}
             self.closing.callback(wandb.init(**options, id=directory.id, resume="allow", sync_tensorboard=True).finish)
         if args.tensorboard or args.track:
             from torch.utils.tensorboard import SummaryWriter

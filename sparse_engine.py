@@ -1013,7 +1013,8 @@ def outputs_for_one(actor: Arrays, observation: np.ndarray) -> np.ndarray:
 def act(actor: Arrays, observation: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
     """Return the deterministic action [actions] for one observation [observations]."""
     x = np.tanh(outputs_for_one(actor, observation))
-    return (x * (high - low) / 2 + (high + low) / 2).astype(x.dtype)
+    action = x * (high - low) / 2 + (high + low) / 2
+    return np.minimum(np.maximum(action, low), high).astype(x.dtype)  # which rounding can leave
 
 
 class SparseTD3(TD3):
@@ -1093,7 +1094,7 @@ class CompilationNotice(event.Listener):
     def on_start(self, event) -> None:
         """Say so at the first kernel that no earlier run has left compiled."""
         if not self.given:
-            print("compiling the sparse engine for this machine (once, some seconds) ...", file=sys.stderr, flush=True)
+            print("compiling the sparse engine for this machine (once, half a minute) ...", file=sys.stderr, flush=True)
         self.given = True
 
     def on_end(self, event) -> None:

@@ -139,8 +139,8 @@ def make_drawn_environment(name: str) -> gymnasium.Env:
     except Exception as error:  # graphics libraries can raise anything
         cause = error.__cause__ or error
         reason = " ".join(str(cause).split()) or type(cause).__name__
-        hint = f"MuJoCo needs the libraries of MUJOCO_GL={os.environ['MUJOCO_GL']}"
-        hint += " (Debian's are libegl1 libgl1-mesa-dri libopengl0 for egl)"
+        hint = f"an environment of MuJoCo needs the libraries of MUJOCO_GL={os.environ['MUJOCO_GL']}"
+        hint += " (Debian's are libegl1 libgl1-mesa-dri libopengl0 for egl), another its own package, such as pygame"
         raise InputError(f"cannot draw {name}: {reason}; {hint}") from error
     return env
 

@@ -26,6 +26,7 @@ from torch.distributions import Normal, TanhTransform, TransformedDistribution
 import dst_sac
 import dst_td3
 from dst_sac import MaskedSAC, SACArguments
+from sparse_engine import SparseTD3
 from sparse_sac import SparseSAC
 
 DEFAULTS = SACArguments(engine="masked", device="cpu", adapt_interval=8, drop_fraction=0.2, target_interval=5)
@@ -346,6 +347,20 @@ def test_a_policy_file_acts_as_the_agents_mean(tmp_path, engine):
     np.testing.assert_allclose(loaded(observation), agent.act(observation), atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("kind", "engine"), [(case, dst_td3.MaskedTD3), (case, SparseTD3), (sac_case, MaskedSAC), (sac_case, SparseSAC)]
+)
+def test_actions_stay_within_bounds_that_rounding_would_leave(monkeypatch, kind, engine):
+    """In float32, (1.1 + 3.7) / 2 + (1.1 - 3.7) / 2 is more than 1.1."""
+    low, high = np.full(3, -3.7, np.float32), np.full(3, 1.1, np.float32)
+    monkeypatch.setattr(Case, "bounds", (low, high))
+    agent, rng = kind(dtype=np.float32).agent(engine)
+    far = 1e9 * np.random.default_rng(0).standard_normal((20, 5))
+    for actions in (np.array([agent.act(x) for x in far]), np.array([agent.explore(x, rng) for x in far])):
+        assert ((actions >= low) & (actions <= high)).all() and actions.dtype == np.float32
+        assert (actions == low).any() and (actions == high).any()
+
+
 @pytest.mark.parametrize("which", ["actor", "critics"])
 def test_a_diverged_network_shows(which):
     this = sac_case(dtype=np.float32, arguments={"batch_size": 10})
@@ -389,6 +404,16 @@ def test_a_killed_run_resumes_to_the_same_bytes(command_line, tmp_path, further)
     assert_same_bytes(run_directory(stopped), run_directory(tmp_path / "unbroken"))
     config = json.loads((run_directory(stopped) / "config.json").read_text())
     assert not set(config["arguments"]) & {name.replace("-", "_") for name in TD3_ONLY}
+
+
+@pytest.mark.parametrize("engine", ["masked", "sparse"])
+def test_a_diverged_temperature_stops_the_run_with_one_line(command_line, tmp_path, engine):
+    arguments = (
+        "--env Pendulum-v1 --hidden 8 8 --batch-size 4 --total-timesteps 60 --learning-starts 20 --eval-episodes 1 "
+        f"--learn-temperature --learning-rate 1000 --engine {engine}"
+    )
+    code, _, error = command_line(*arguments.split(), "--results-dir", tmp_path)
+    assert code == 1 and error.count("\n") == 1 and "the networks have diverged" in error
 
 
 @pytest.mark.parametrize(
