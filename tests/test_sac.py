@@ -470,11 +470,12 @@ def test_variants_are_named_by_what_differs_from_the_paper():
     assert name(method="sac", temperature=0.1, target_interval=500) == "sac_temperature=0.1_target-interval=500"
 
 
-def test_auto_takes_the_engine_that_is_there(monkeypatch):
-    assert dst_td3.resolve(SACArguments(device="cpu")).agent_class() is SparseSAC
-    assert dst_td3.resolve(SACArguments(device="cpu", dense_moments=True)).agent_class() is MaskedSAC
+def test_auto_takes_the_engine_that_is_there(monkeypatch, tmp_path):
+    given = {"device": "cpu", "results_dir": tmp_path}  # where no run has been begun with an engine
+    assert dst_td3.resolve(SACArguments(**given)).agent_class() is SparseSAC
+    assert dst_td3.resolve(SACArguments(**given, dense_moments=True)).agent_class() is MaskedSAC
     found = dst_td3.importlib.util.find_spec
     monkeypatch.setattr(dst_td3.importlib.util, "find_spec", lambda name: None if name == "sparse_sac" else found(name))
-    assert dst_td3.resolve(SACArguments(device="cpu")).agent_class() is MaskedSAC
+    assert dst_td3.resolve(SACArguments(**given)).agent_class() is MaskedSAC
     with pytest.raises(dst_td3.InputError, match="--engine sparse needs"):
         SACArguments(device="cpu", engine="sparse").agent_class()
