@@ -19,7 +19,7 @@ from numpy.random import Generator
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from dst_td3 import TD3, Arguments, Batch, Layer, MaskedTD3, ReplayBuffer, forward, main
+from dst_td3 import TD3, Arguments, Batch, Layer, MaskedTD3, ReplayBuffer, forward, main, stretch
 
 LOG_STD_MIN, LOG_STD_MAX = -20.0, 2.0  # bounds of the Gaussian's logarithmic deviation, as SAC's authors have them
 
@@ -106,8 +106,7 @@ class SAC(TD3):
         return self._stretched(mean + np.exp(log_std.clip(LOG_STD_MIN, LOG_STD_MAX)) * noise)
 
     def _stretched(self, unbounded: np.ndarray) -> np.ndarray:
-        low, high = self.bounds
-        return (np.tanh(unbounded) * (high - low) / 2 + (high + low) / 2).clip(low, high)  # which rounding can leave
+        return stretch(np.tanh(unbounded), *self.bounds)
 
     def learn(self, buffer: ReplayBuffer, step: int, rng: Generator) -> None:
         """Do the learning of one environment step: both updates, with adaptations as in Algorithm 1 of the paper."""
@@ -184,8 +183,7 @@ class MaskedSAC(MaskedTD3, SAC):
         mean, log_std = forward(self.actor.layers, observation).chunk(2, dim=-1)
         log_std = log_std.clamp(LOG_STD_MIN, LOG_STD_MAX)
         unbounded = mean + log_std.exp() * noise
-        action = torch.tanh(unbounded) * (self.high - self.low) / 2 + (self.high + self.low) / 2
-        return action, log_probability(unbounded, log_std, noise)
+        return stretch(torch.tanh(unbounded), self.low, self.high), log_probability(unbounded, log_std, noise)
 
     def update_critics(self, batch: Batch, noise: np.ndarray) -> None:
         """Fit both critics to the smaller target value and entropy; ``noise`` [batch, actions] draws next actions."""

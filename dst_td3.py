@@ -349,15 +349,24 @@ def forward(layers: list[Layer], x: Tensor) -> Tensor:
     return x @ layers[-1].weight + layers[-1].bias
 
 
+def stretch(action: np.ndarray | Tensor, low: np.ndarray | Tensor, high: np.ndarray | Tensor) -> np.ndarray | Tensor:
+    """Stretch actions in [-1, 1] to their bounds, which rounding alone could leave."""
+    return (action * (high - low) / 2 + (high + low) / 2).clip(low, high)
+
+
 def policy(layers: list[Layer], observation: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """Return an actor's actions [..., batch, actions], within [low, high], for [..., batch, observations]."""
-    action = torch.tanh(forward(layers, observation)) * (high - low) / 2 + (high + low) / 2
-    return action.clamp(low, high)  # which rounding can leave
+    return stretch(torch.tanh(forward(layers, observation)), low, high)
 
 
 def step_scale(mask: np.ndarray | Tensor, args: Arguments) -> float:
     """Return the factor of Adam's steps in a layer's weights (with exponent 1, that of SμPar, arXiv 2405.15743)."""
     return float(mask.sum() / math.prod(mask.shape)) ** -args.step_exponent
+
+
+def is_dormant(layer: Layer) -> Tensor:
+    """Return which units [..., 1, outputs] have died: their incoming weights have vanished, and no bias opens them."""
+    return (layer.weight.abs().sum(-2, keepdim=True) < DORMANT) & (layer.bias <= 0)
 
 
 class MaskedNetwork:
@@ -423,7 +432,7 @@ class MaskedNetwork:
         grown into it stay as well. Its outgoing ones have decayed too, so that nothing changes at once.
         """
         for layer in self.layers[:-1]:
-            dormant = (layer.weight.abs().sum(-2, keepdim=True) < DORMANT) & (layer.bias <= 0)
+            dormant = is_dormant(layer)
             for tensor, there in ((layer.weight, dormant & (layer.mask == 1)), (layer.bias, dormant)):
                 tensor[there] = tensor.new_tensor(initial_values(layer.weight.shape[-2], int(there.sum()), rng))
                 for moment in ("exp_avg", "exp_avg_sq"):
