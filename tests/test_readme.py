@@ -73,3 +73,19 @@ def test_the_front_table_is_what_the_results_say(row):
 def test_the_front_table_has_every_result():
     finished = {path.parts[-4:-2] for path in (ROOT / "results").glob("*-v4/*td3/seed*/summary.json")}
     assert {(row["environment"], row["method"].lower()) for row in FRONT_TABLE} == finished
+
+
+SPEED_TABLE = read_table(README[README.index("| agent |") : README.index("The row of our own compiled")])
+
+
+@pytest.mark.parametrize("row", [row for row in SPEED_TABLE if "DS-TD3" in row["agent"]], ids=lambda row: row["agent"])
+def test_the_table_of_speeds_has_the_return_of_every_agent_that_was_trained(row):
+    def final_returns(variant: str) -> list[float]:
+        paths = (ROOT / "results" / "HalfCheetah-v4").glob(f"{variant}/seed*/summary.json")
+        return [json.loads(path.read_text())["final_return"] for path in paths]
+
+    _, sparsity, *recipe = row["agent"].split(", ")  # the rows at 0.5 are the paper's own lambda here
+    variant = "ds-td3" if sparsity == "sparsity 0.5" else "ds-td3_" + sparsity.replace(" ", "=")
+    ours = final_returns(variant + "_recycle-dormant=True_updates-per-step=2_step-exponent=0.5" * len(recipe))
+    ratio = f"{statistics.mean(ours) / statistics.mean(final_returns('td3')):.2f}x" if ours else "-"
+    assert row["return over dense"] == ratio
