@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import FIGURES, read_table
+from conftest import FIGURES, FOUR, RECIPE, read_table
 
 import dst_td3
 
@@ -23,10 +23,6 @@ METHODS = {"td3": "TD3", "static-td3": "Static-TD3", "ds-td3": "DS-TD3"}
 SAC_METHODS = {"sac": "SAC", "ds-sac": "DS-SAC"}
 APPENDIX = ("appendix_lca", "appendix_return")
 # The variants of Figure 5 that no other figure has, and where they are run.
-RECIPE, FOUR = (
-    "recycle-dormant=True_updates-per-step=2_step-exponent=0.5",
-    ("HalfCheetah-v4", "Walker2d-v4", "Hopper-v4", "Ant-v4"),
-)
 HIGH_SPARSITY = {
     "ds-td3_sparsity=0.9": FOUR,
     "ds-td3_sparsity=0.95": FOUR,

@@ -7,7 +7,7 @@ import statistics
 from pathlib import Path
 
 import pytest
-from conftest import read_table
+from conftest import RECIPE, read_table
 
 import dst_td3
 
@@ -86,6 +86,6 @@ def test_the_table_of_speeds_has_the_return_of_every_agent_that_was_trained(row)
 
     _, sparsity, *recipe = row["agent"].split(", ")  # the rows at 0.5 are the paper's own lambda here
     variant = "ds-td3" if sparsity == "sparsity 0.5" else "ds-td3_" + sparsity.replace(" ", "=")
-    ours = final_returns(variant + "_recycle-dormant=True_updates-per-step=2_step-exponent=0.5" * len(recipe))
+    ours = final_returns(variant + f"_{RECIPE}" * len(recipe))
     ratio = f"{statistics.mean(ours) / statistics.mean(final_returns('td3')):.2f}x" if ours else "-"
     assert row["return over dense"] == ratio

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import FIGURES
+from conftest import FIGURES, FOUR, RECIPE
 from gymnasium.wrappers import TimeLimit
 
 import dst_sac
@@ -24,7 +24,6 @@ TABLES = (
     *("coverage", "table1_lca", "table2_return", "compute", "steps_to_dense", "aggregate", "provenance"),
     *("appendix_lca", "appendix_return"),
 )
-FOUR = ("HalfCheetah-v4", "Walker2d-v4", "Hopper-v4", "Ant-v4")
 PROGRAMS = {"dst_td3.py": dst_td3.Arguments, "dst_sac.py": dst_sac.SACArguments}
 
 
@@ -102,7 +101,7 @@ def test_list_covers_the_papers_grid_once():
     for method in ("td3", "ds-td3"):
         expected |= {(cheetah, method, f"_initial-policy=policy-{step}") for step in (500_000, 700_000)}
     expected |= {(env, method, "") for env in papers for method in ("ds-sac", "sac")}
-    recipe = "_recycle-dormant=True_updates-per-step=2_step-exponent=0.5"
+    recipe = f"_{RECIPE}"
     expected |= {(env, "ds-td3", f"_sparsity={s}{r}") for env in FOUR for s in (0.9, 0.95) for r in ("", recipe)}
     expected |= {(env, "static-td3", f"_sparsity=0.9{recipe}") for env in FOUR}
     expected |= {(env, "td3", recipe) for env in (cheetah, "Walker2d-v4")}
