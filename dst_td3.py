@@ -837,7 +837,7 @@ class RunDirectory:
             return {}
         try:
             return self.defaults | json.loads(self.config.read_text())["arguments"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(f"{self.config} is damaged: move its folder away, or choose a --results-dir") from error
 
     @contextmanager
