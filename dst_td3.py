@@ -64,6 +64,8 @@ class Arguments:
     adapt_interval: int = 1000  # e of the paper: steps between two adaptations of the topology
     drop_fraction: float = 0.05  # eta of the paper: fraction of a layer's connections that an adaptation replaces
     adapt_until: float = 0.95  # fraction of the run after which the topology stays as it is
+    drop_by: Literal["magnitude", "contribution"] = "magnitude"
+    """how weak a connection is: by its weight, or by its weight times the standard deviation of what it weighs"""
     dense_moments: bool = False  # as the authors' code: empty positions have moments too, and what grows keeps its step
     recycle_dormant: bool = False  # also draw hidden units anew that have died, when an adaptation is due
 
@@ -278,8 +280,8 @@ def drop_and_grow(weight: Tensor, mask: Tensor, drop_fraction: float, rng: Gener
     Drops the fraction ``drop_fraction`` (eta) of the positive weights, zero among them, and of the negative ones, those
     nearest to zero; among equals the first position goes first. Then grows as many connections, uniformly among the
     positions that hold none, those just dropped included. A full layer has nowhere else to grow and stays as it is.
-    Takes weights and mask [..., inputs, outputs] and returns two masks of that shape: the connections that were kept
-    and those that were grown, together as many as before.
+    Takes weights, or their ``contributions``, and mask [..., inputs, outputs] and returns two masks of that shape: the
+    connections that were kept and those that were grown, together as many as before.
     """
     kept, grown = mask.clone(), torch.zeros_like(mask)
     for w, k, g in zip(_networks(weight), _networks(kept), _networks(grown), strict=True):
@@ -342,11 +344,29 @@ def initial_layers(widths: list[int], connections: list[int], rng: Generator, ne
     return layers
 
 
+def layer_inputs(layers: list[Layer], x: Tensor) -> Iterator[Tensor]:
+    """Yield what each layer of an MLP with ReLU between them takes, beginning with ``x`` [..., batch, inputs]."""
+    for layer in layers[:-1]:
+        yield x
+        x = torch.relu(x @ layer.weight + layer.bias)
+    yield x
+
+
 def forward(layers: list[Layer], x: Tensor) -> Tensor:
     """Apply an MLP with ReLU between its layers to ``x`` [..., batch, inputs]; returns [..., batch, outputs]."""
-    for layer in layers[:-1]:
-        x = torch.relu(x @ layer.weight + layer.bias)
+    *_, x = layer_inputs(layers, x)
     return x @ layers[-1].weight + layers[-1].bias
+
+
+def contributions(layers: list[Layer], x: Tensor) -> list[Tensor]:
+    """Return each layer's weights times the standard deviation, over the batch ``x``, of the inputs that they weigh.
+
+    A velocity that reaches ten moves a unit by a small weight as far as an angle does by a large one: magnitude alone
+    takes its connections away. After Wanda (arXiv 2306.11695), which measures inputs by their norm.
+    """
+    # From the first sample on: what never changes then has a deviation of exactly zero, however sums are rounded.
+    changes = (x - x[..., :1, :] for x in layer_inputs(layers, x))
+    return [y.weight * x.std(dim=-2, correction=0).unsqueeze(-1) for y, x in zip(layers, changes, strict=True)]
 
 
 def stretch(action: np.ndarray | Tensor, low: np.ndarray | Tensor, high: np.ndarray | Tensor) -> np.ndarray | Tensor:
@@ -411,10 +431,17 @@ class MaskedNetwork:
                 layer.weight.detach().mul_(layer.mask)
 
     @torch.no_grad()
-    def adapt(self, rng: Generator) -> None:
-        """Adapt the topology of every sparse layer (drop and grow), right after a step of ``minimize``."""
+    def adapt(self, rng: Generator, x: np.ndarray) -> None:
+        """Adapt the topology of every sparse layer (drop and grow), right after a step of ``minimize``.
+
+        The first columns of ``x`` [..., batch, columns] are inputs, on which contributions of weights are measured.
+        """
+        strengths = [layer.weight for layer in self.layers]
+        if self.args.drop_by == "contribution":
+            inputs = torch.from_numpy(x[..., : strengths[0].shape[-2]]).to(self.args.device)
+            strengths = contributions(self.layers, inputs)
         for index, layer in enumerate(self.layers[:-1]):
-            kept, grown = drop_and_grow(layer.weight, layer.mask, self.args.drop_fraction, rng)
+            kept, grown = drop_and_grow(strengths[index], layer.mask, self.args.drop_fraction, rng)
             layer.mask.copy_(kept + grown)
             if self.args.dense_moments:
                 layer.weight.copy_(self.unmasked[index] * layer.mask)
@@ -545,18 +572,18 @@ class TD3:
             batch = self.sample(buffer, rng)
             noise = rng.standard_normal((self.args.batch_size, len(self.bounds[0])), dtype=self.bounds[0].dtype)
             self.update_critics(batch, noise)
-            self.adapt(self.critics, update, 1, rng)
+            self.adapt(self.critics, batch, update, 1, rng)
             if update % delay == 0:
                 self.update_actor(batch)
-                self.adapt(self.actor, update, delay, rng)
+                self.adapt(self.actor, batch, update, delay, rng)
                 self.actor.update_target()
                 self.critics.update_target()
 
-    def adapt(self, network, update: int, period: int, rng: Generator) -> None:
-        """Adapt a network that learns every ``period`` updates, if that is due after this one."""
+    def adapt(self, network, batch: tuple, update: int, period: int, rng: Generator) -> None:
+        """Adapt a network that learns every ``period`` updates, from ``batch`` now, if that is due after this one."""
         if adaptation_due(update, period, self.args):
             if self.args.adapts:
-                network.adapt(rng)
+                network.adapt(rng, self.critic_inputs(batch))
             if self.args.recycle_dormant:
                 network.recycle(rng)
 
@@ -586,6 +613,10 @@ class MaskedTD3(TD3):
         """Return the deterministic action [actions] for one observation [observations]."""
         x = torch.from_numpy(observation.astype(np.float32)).to(self.args.device)
         return policy(self.actor.layers, x[None], self.low, self.high)[0].cpu().numpy()
+
+    def critic_inputs(self, batch: Batch) -> np.ndarray:
+        """Return a batch's observations, which the actor takes, and its actions: [batch, observations + actions]."""
+        return np.concatenate([batch.observation, batch.action], axis=-1)
 
     def update_critics(self, batch: Batch, noise: np.ndarray) -> None:
         """Fit both critics to the smaller target value; ``noise`` [batch, actions], unscaled, smooths the policy."""

@@ -312,8 +312,9 @@ def drop_and_grow(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Choose which connections of a layer go and where new ones come: piece 3, the adaptation (the SET rule).
 
-    As ``dst_td3.drop_and_grow``, with the same draws: ``weight`` are those of the connections in ``topology``, in a
-    layer of ``positions``. Returns which of them are kept (booleans), and the sorted positions of the grown ones.
+    As ``dst_td3.drop_and_grow``, with the same draws: ``weight``, or contributions, are those of the connections in
+    ``topology``, in a layer of ``positions``. Returns which of them are kept (booleans), and the sorted positions of
+    the grown ones.
     """
     kept = np.ones(len(topology), dtype=bool)
     if len(topology) == positions:
@@ -680,19 +681,31 @@ class SparseNetwork:
         self.initial = [topology.astype(np.min_scalar_type(b.inputs * b.outputs)) for b, topology in sparse]
         self.steps = np.zeros((), dtype=np.int64)
 
-    def adapt(self, rng: np.random.Generator) -> None:
-        """Adapt the topology of every sparse layer (drop and grow)."""
-        extras = [self._extras(block) for block in self.blocks]
+    def adapt(self, rng: np.random.Generator, x: np.ndarray) -> None:
+        """Adapt the topology of every sparse layer (drop and grow); ``x`` is that of ``MaskedNetwork.adapt``."""
+        extras, strength = [self._extras(block) for block in self.blocks], self._strength(x)
         for layer in range(self.depth - 1):
             for index in range(layer, len(self.blocks), self.depth):
-                extras[index] = self._adapt(self.blocks[index], *extras[index], rng)
+                extras[index] = self._adapt(self.blocks[index], strength, *extras[index], rng)
         self._write_extras(extras)
 
-    def _adapt(self, block: Block, extra_positions: np.ndarray, extra_weight: np.ndarray, rng) -> tuple:
+    def _strength(self, x: np.ndarray) -> np.ndarray:
+        """Return what tells how strong each connection is [C]: its weight, or as ``dst_td3.contributions`` does."""
+        arrays, weight = self.arrays, self.arrays.parameters[: len(self.arrays.input_index)]
+        if self.args.drop_by == "magnitude":
+            return weight
+        unit = arrays.input_index.astype(np.int64)
+        for index, block in enumerate(self.blocks):
+            if index % self.depth:
+                unit[block.connections] += arrays.sizes[0] + self.blocks[index - 1].rows.start
+        values = all_units(arrays, activations(arrays, len(x)), x, np.arange(len(x)))
+        return weight * (values - values[:, :1]).std(axis=1)[unit]
+
+    def _adapt(self, block: Block, strength: np.ndarray, extra_positions: np.ndarray, extra_weight, rng) -> tuple:
         """Adapt the topology of one layer. Takes and returns the positions and the weights of its target's extras."""
         arrays, (topology, place) = self.arrays, self._topology(block)
         size = block.inputs * block.outputs
-        kept, grown = drop_and_grow(arrays.parameters[place], topology, size, self.args.drop_fraction, rng)
+        kept, grown = drop_and_grow(strength[place], topology, size, self.args.drop_fraction, rng)
         adapted, zeros = np.concatenate([topology[kept], grown]), np.zeros(len(grown), arrays.parameters.dtype)
         order = np.argsort(adapted, kind="stable")
         adapted = adapted[order]
@@ -860,6 +873,15 @@ def gather(values: np.ndarray, rows: np.ndarray, picks: np.ndarray, start: int, 
     for b in range(len(picks)):
         for column in range(start, stop):
             values[(column - start) * stride + b] = rows[picks[b], column]
+
+
+@njit(**COMPILED)
+def all_units(network: Arrays, values: np.ndarray, rows: np.ndarray, picks: np.ndarray) -> np.ndarray:
+    """Apply a stack to picked rows, whose first columns it takes; return a view of all its units [units, batch]."""
+    gather(values, rows, picks, 0, network.sizes[0])
+    for n in range(len(network.prune_guess)):
+        forward(network, n, False, values, len(picks))
+    return units(values, 0, network.sizes[0] + len(network.extra_start) - 1, len(picks))[:, : len(picks)]
 
 
 @njit(**COMPILED)
@@ -1043,6 +1065,11 @@ class SparseTD3(TD3):
     def sample(self, buffer: ReplayBuffer, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Draw a batch as numbers of the buffer's rows, from where the kernels gather it."""
         return buffer.rows, buffer.draw(self.args.batch_size, rng)
+
+    def critic_inputs(self, batch: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+        """Return a batch's observations, which the actor takes, and its actions: [batch, observations + actions]."""
+        rows, picks = batch
+        return rows[:, : self.critics.arrays.sizes[0]].take(picks, axis=0)
 
     def update_critics(self, batch: tuple[np.ndarray, np.ndarray], noise: np.ndarray) -> None:
         """Fit both critics to the smaller target value; ``noise`` [batch, actions], unscaled, is for next actions."""

@@ -122,13 +122,44 @@ def test_grown_connections_start_at_zero_with_zero_moments():
         before = [layer.mask.clone() for layer in network.layers]
         rng = np.random.default_rng(0)
         kept = [dst_td3.drop_and_grow(x.weight.detach(), x.mask, 0.4, rng)[0] for x in network.layers]
-        network.adapt(np.random.default_rng(0))
+        network.adapt(np.random.default_rng(0), random_batch(rng).observation)
         for layer, old, stayed in zip(network.layers[:-1], before, kept, strict=False):
             grown = (layer.mask == 1) & (stayed == 0)
             assert grown.any() and not torch.equal(layer.mask, old)
             for tensor in (layer.weight, *moments(network, layer)):
                 assert not tensor[grown].any()
         assert torch.equal(network.layers[-1].mask, torch.ones_like(before[-1])), "the output layer stays dense"
+
+
+def test_a_contribution_is_a_weight_times_the_deviation_of_what_it_weighs():
+    agent, x = make_agent(sparsity=0.5), np.random.default_rng(0).standard_normal((8, OBSERVATIONS + ACTIONS))
+    agent.critics.layers[0].bias.detach()[0, 0, 3] = -100  # a unit that nothing opens
+    layers = [Layer(*(tensor.detach().double() for tensor in layer)) for layer in agent.critics.layers]
+    found = dst_td3.contributions(layers, torch.from_numpy(x))
+    assert not found[1][0, 3].any() and layers[1].weight[0, 3].any()
+    for critic in range(2):
+        inputs = x
+        for layer, contribution in zip(layers, found, strict=True):
+            weight, bias = layer.weight[critic].numpy(), layer.bias[critic].numpy()
+            for i, j in np.ndindex(weight.shape):
+                assert contribution[critic, i, j] == pytest.approx(weight[i, j] * np.std(inputs[:, i]), abs=1e-12)
+            inputs = np.maximum(inputs @ weight + bias, 0)
+
+
+@pytest.mark.parametrize("rule", ["magnitude", "contribution"])
+def test_connections_are_dropped_by_the_rule_that_was_asked_for(rule):
+    """The first observation hardly changes, and has the largest weights."""
+    agent, batch = make_agent(sparsity=0.6, drop_by=rule, drop_fraction=0.1), random_batch(np.random.default_rng(0))
+    batch.observation[:, 0] /= 1000
+    for network in agent.networks.values():
+        layer = network.layers[0]
+        layer.weight.detach()[..., 0, :] *= 100
+        before = layer.mask.sum((-2, -1))
+        was = layer.weight.detach().clone()
+        network.adapt(np.random.default_rng(0), agent.critic_inputs(batch))
+        dropped = (was != 0) & (layer.weight == 0)
+        assert dropped.any() and bool(dropped[..., 0, :].any()) == (rule == "contribution")
+        assert torch.equal(layer.mask.sum((-2, -1)), before)
 
 
 def test_dense_moments_follow_the_authors_code():
@@ -168,7 +199,7 @@ def test_only_what_was_asked_for_is_done_to_a_topology(monkeypatch, method, recy
     agent, done = make_agent(method=method, sparsity=sparsity, recycle_dormant=recycles, adapt_interval=4), []
     for name, network in agent.networks.items():
         for piece in ("adapt", "recycle"):
-            monkeypatch.setattr(network, piece, lambda rng, name=name, piece=piece: done.append((name, piece)))
+            monkeypatch.setattr(network, piece, lambda *_, name=name, piece=piece: done.append((name, piece)))
     train(agent, range(1, 9))
     pieces = ["adapt"] * (method == "ds-td3") + ["recycle"] * recycles
     assert done == [(name, piece) for name in ("critic", "actor") for piece in pieces] * 2
@@ -182,7 +213,7 @@ def test_several_updates_a_step_each_with_a_batch_of_its_own(monkeypatch):
             agent, name, lambda batch, *rest, own=own, name=name: (done.append((name, batch)), own(batch, *rest))
         )
     for name, network in agent.networks.items():
-        monkeypatch.setattr(network, "adapt", lambda rng, name=name: done.append((name, None)))
+        monkeypatch.setattr(network, "adapt", lambda *_, name=name: done.append((name, None)))
     train(agent, range(1, 5))
     names = [name for name, _ in done]
     assert [names.count(name) for name in ("update_critics", "update_actor")] == [12, 6]
@@ -248,7 +279,7 @@ def test_a_population_is_one_more_leading_axis():
     x = torch.randn(3, 8, OBSERVATIONS, generator=torch.Generator().manual_seed(0))
     together = dst_td3.forward(stacked.layers, x)
     stacked.minimize(together.square().sum())
-    stacked.adapt(np.random.default_rng(1))
+    stacked.adapt(np.random.default_rng(1), x.numpy())
     rng = np.random.default_rng(1)
     alone = [dst_td3.MaskedNetwork([Layer(*(a[i] for a in layer)) for layer in layers], args) for i in range(3)]
     for i, network in enumerate(alone):

@@ -100,6 +100,7 @@ def cases(draw):
         updates_per_step=draw(st.integers(1, 3)),
         step_exponent=draw(st.sampled_from([0, 0.5, 1])),
         recycle_dormant=draw(st.booleans()),
+        drop_by=draw(st.sampled_from(["magnitude", "contribution"])),
     )
     batch_size = draw(st.one_of(st.integers(1, 40), st.sampled_from([100, 129, 300])))
     return Case(*sizes, *counts, args, batch_size, seed=draw(st.integers(0, 1000)))
@@ -206,8 +207,9 @@ class Pair:
             assert self.sparse.losses[name] == expected
 
 
-def test_engines_agree_over_hundreds_of_updates():
-    pair = Pair(case(args=dataclasses.replace(DEFAULTS, adapt_interval=30), batch_size=37))
+@pytest.mark.parametrize("rule", ["magnitude", "contribution"])
+def test_engines_agree_over_hundreds_of_updates(rule):
+    pair = Pair(case(args=dataclasses.replace(DEFAULTS, adapt_interval=30, drop_by=rule), batch_size=37))
     pair.train_over_ten_adaptations()
     assert len(pair.sparse.critics.arrays.extra_weight) > 0
 
