@@ -10,7 +10,8 @@ cd "$(dirname "$0")"
 # --snapshot-at and --initial-policy stands for the policy after N % of a run, the paper's 5e5 and 7e5 steps;
 # --initial-policy takes that of the run that is otherwise the same. Several environments stand between commas.
 four=HalfCheetah-v4,Walker2d-v4,Hopper-v4,Ant-v4
-recipe='--step-exponent 0.5 --updates-per-step 2 --recycle-dormant' # with it agents at 0.9 and above learn better
+recipe='--step-exponent 0.5 --updates-per-step 2 --recycle-dormant' # with it agents at 0.9 and above learn better,
+adapting='--drop-by contribution'                                  # and with this where they adapt
 # shown in                      environment     method      further arguments
 grid="
 fig1,tables,fig2,fig4,fig5      HalfCheetah-v4  ds-td3      --snapshot-at 50% 70%
@@ -38,8 +39,9 @@ fig4                            HalfCheetah-v4  ds-td3      --initial-policy 50%
 fig4                            HalfCheetah-v4  ds-td3      --initial-policy 70%
 fig4                            HalfCheetah-v4  td3         --initial-policy 50%
 fig4                            HalfCheetah-v4  td3         --initial-policy 70%
+fig5                            $four           ds-td3      --sparsity 0.9 $recipe $adapting
+fig5                            $four           ds-td3      --sparsity 0.95 $recipe $adapting
 fig5                            $four           ds-td3      --sparsity 0.9 $recipe
-fig5                            $four           ds-td3      --sparsity 0.95 $recipe
 fig5                            $four           static-td3  --sparsity 0.9 $recipe
 fig5                            $four           ds-td3      --sparsity 0.9
 fig5                            $four           ds-td3      --sparsity 0.95

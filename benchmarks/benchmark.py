@@ -222,7 +222,10 @@ def end_to_end(options: Options) -> str:
         "td3": ("--method", "td3", "--engine", "masked"),
         "td3, compiled": ("--method", "td3", "--engine", "sparse"),
         **{f"ds-td3, sparsity {s}": ("--sparsity", str(s), "--engine", "sparse") for s in (0.5, 0.8, 0.9, 0.95)},
-        **{f"ds-td3, sparsity {s}, recipe": ("--sparsity", str(s), *recipe) for s in (0.9, 0.95)},
+        **{
+            f"ds-td3, sparsity {s}, recipe": ("--sparsity", str(s), *recipe, "--drop-by", "contribution")
+            for s in (0.9, 0.95)
+        },
         "td3, width 77, recipe": ("--method", "td3", "--hidden", "77", "77", *recipe),  # as many connections as 0.9
     }
     table = train_in_turn(options, "td3", ours)

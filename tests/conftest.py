@@ -31,9 +31,10 @@ FIGURES = (
     *("dense_moments", "wall_clock", "seconds_and_bytes", "topology_alive", "topology_inputs"),
 )
 
-# Figure 5: its four environments, and its recipe as the names of its runs have it.
+# Figure 5: its four environments, and its recipe as the names of its runs have it, of any and of those that adapt.
 FOUR = ("HalfCheetah-v4", "Walker2d-v4", "Hopper-v4", "Ant-v4")
 RECIPE = "recycle-dormant=True_updates-per-step=2_step-exponent=0.5"
+ADAPTING_RECIPE = f"drop-by=contribution_{RECIPE}"
 
 # A run of a few seconds that still evaluates, adapts, prunes targets and writes checkpoints several times.
 SHORT = (

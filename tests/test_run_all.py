@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import FIGURES, FOUR, RECIPE
+from conftest import ADAPTING_RECIPE, FIGURES, FOUR, RECIPE
 from gymnasium.wrappers import TimeLimit
 
 import dst_sac
@@ -101,9 +101,9 @@ def test_list_covers_the_papers_grid_once():
     for method in ("td3", "ds-td3"):
         expected |= {(cheetah, method, f"_initial-policy=policy-{step}") for step in (500_000, 700_000)}
     expected |= {(env, method, "") for env in papers for method in ("ds-sac", "sac")}
-    recipe = f"_{RECIPE}"
-    expected |= {(env, "ds-td3", f"_sparsity={s}{r}") for env in FOUR for s in (0.9, 0.95) for r in ("", recipe)}
-    expected |= {(env, "static-td3", f"_sparsity=0.9{recipe}") for env in FOUR}
+    recipe, recipes = f"_{RECIPE}", ("", f"_{ADAPTING_RECIPE}")
+    expected |= {(env, "ds-td3", f"_sparsity={s}{r}") for env in FOUR for s in (0.9, 0.95) for r in recipes}
+    expected |= {(env, method, f"_sparsity=0.9{recipe}") for env in FOUR for method in ("ds-td3", "static-td3")}
     expected |= {(env, "td3", recipe) for env in (cheetah, "Walker2d-v4")}
     expected |= {(cheetah, "td3", f"_hidden=77,77{recipe}")}
     found = [(a.env, a.method, dst_td3.variant(a).removeprefix(a.method), a.seed) for a in listed]
@@ -127,10 +127,10 @@ def test_list_covers_the_papers_grid_once():
         (["fig2"], 5),
         (["fig3"], 4),
         (["fig4"], 6),
-        (["fig5"], 31),
+        (["fig5"], 35),
         (["fig5", "static-td3"], 4),
         (["appendix"], 10),
-        (["Hopper-v4"], 10),
+        (["Hopper-v4"], 11),
         (["static-td3"], 9),
         (["fig1", "Hopper-v4"], 3),
         (["fig4", "td3"], 3),
