@@ -162,21 +162,21 @@ def test_quick_results_stay_apart():
 
 def test_list_estimates_the_time_from_finished_runs(tmp_path):
     _, _, unknown = run_all("--list", "--results-dir", tmp_path)
-    assert "290 runs of 1000000 steps, 290 of them not finished" in unknown and unknown.count("unknown") == 2
+    assert "310 runs of 1000000 steps, 310 of them not finished" in unknown and unknown.count("unknown") == 2
     run = tmp_path / "Hopper-v4" / "td3" / "seed0"
     run.mkdir(parents=True)
     summary = {"steps": 1_000_000, "training_seconds": 3000.0, "evaluation_seconds": 600.0}
     (run / "summary.json").write_text(json.dumps(summary, indent=2))
     _, _, estimate = run_all("--list", "--results-dir", tmp_path)
-    assert "289 of them not finished" in estimate
-    assert "TD3: about 240.0 core-hours for all 240, 239.0 for the 239 missing ones (278 steps/s" in estimate
+    assert "309 of them not finished" in estimate
+    assert "TD3: about 260.0 core-hours for all 260, 259.0 for the 259 missing ones (278 steps/s" in estimate
     assert "SAC: no run is finished yet" in estimate
     # SAC's runs have costs of their own.
     run = tmp_path / "Hopper-v4" / "ds-sac_sparsity=0.5" / "seed0"
     run.mkdir(parents=True)
     (run / "summary.json").write_text(json.dumps(summary | {"training_seconds": 6600.0}, indent=2))
     _, _, estimate = run_all("--list", "--results-dir", tmp_path)
-    assert "TD3: about 240.0 core-hours for all 240, 239.0 for" in estimate
+    assert "TD3: about 260.0 core-hours for all 260, 259.0 for" in estimate
     assert "SAC: about 100.0 core-hours for all 50, 100.0 for the 50 missing ones (139 steps/s" in estimate
 
 
@@ -185,9 +185,9 @@ def test_list_knows_where_each_run_is(tmp_path):
     for args in commands(*options):
         directory(args).mkdir(parents=True)
         (directory(args) / "summary.json").write_text("{}")
-    assert "58 runs of 1000000 steps, 0 of them not finished" in run_all(*options)[2]
+    assert "62 runs of 1000000 steps, 0 of them not finished" in run_all(*options)[2]
     # A run of another length has a directory of its own.
-    assert "58 runs of 300000 steps, 58 of them not finished" in run_all(*options, "--steps", 300_000)[2]
+    assert "62 runs of 300000 steps, 62 of them not finished" in run_all(*options, "--steps", 300_000)[2]
 
 
 def test_list_comes_even_where_a_run_is_damaged(tmp_path):
@@ -237,7 +237,7 @@ def test_list_names_what_the_environment_lacks(tmp_path):
         (["--jobs"], "--jobs needs a value"),
         (["--results-dir", "my results"], "--results-dir must be a path without spaces"),
         (["--results-dir", "/proc/nowhere"], "cannot write to /proc/nowhere"),
-        (["--line", "291"], "--line must be at most 290"),
+        (["--line", "311"], "--line must be at most 310"),
         (["--fast"], "there is no option --fast"),
         (["fig1"], "there is no option fig1"),
     ],
