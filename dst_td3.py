@@ -65,7 +65,7 @@ class Arguments:
     drop_fraction: float = 0.05  # eta of the paper: fraction of a layer's connections that an adaptation replaces
     adapt_until: float = 0.95  # fraction of the run after which the topology stays as it is
     drop_by: Literal["magnitude", "contribution"] = "magnitude"
-    """how weak a connection is: by its weight, or by its weight times the standard deviation of what it weighs"""
+    """drop the smallest weights, as the paper, or the smallest products of weight and its input's standard deviation"""
     dense_moments: bool = False  # as the authors' code: empty positions have moments too, and what grows keeps its step
     recycle_dormant: bool = False  # also draw hidden units anew that have died, when an adaptation is due
 
@@ -162,6 +162,8 @@ class Arguments:
             if self.dense and getattr(self, name) not in (None, False):
                 raise InputError(f"--method {self.method} is dense: leave out --{name.replace('_', '-')}")
         self._require(self.weight_decay or not self.recycle_dormant, "weight_decay", "positive with --recycle-dormant")
+        left_out = f"left out with --method {self.method}, which drops nothing"
+        self._require(self.adapts or self.drop_by == "magnitude", "drop_by", left_out)
         for flag, package in (("tensorboard", "tensorboard"), ("track", "wandb"), ("track", "tensorboard")):
             if getattr(self, flag) and importlib.util.find_spec(package) is None:
                 raise InputError(f"--{flag} needs the package {package}: pip install {package}")
@@ -361,10 +363,10 @@ def forward(layers: list[Layer], x: Tensor) -> Tensor:
 def contributions(layers: list[Layer], x: Tensor) -> list[Tensor]:
     """Return each layer's weights times the standard deviation, over the batch ``x``, of the inputs that they weigh.
 
-    A velocity that reaches ten moves a unit by a small weight as far as an angle does by a large one: magnitude alone
-    takes its connections away. After Wanda (arXiv 2306.11695), which measures inputs by their norm.
+    They keep the weights' signs. A velocity that reaches ten moves a unit by a small weight as far as an angle does by
+    a large one: magnitude alone takes its connections away. After Wanda (arXiv 2306.11695), which measures by the norm.
     """
-    # From the first sample on: what never changes then has a deviation of exactly zero, however sums are rounded.
+    # Relative to the first sample, so that an input that never changes deviates by exactly zero in either engine.
     changes = (x - x[..., :1, :] for x in layer_inputs(layers, x))
     return [y.weight * x.std(dim=-2, correction=0).unsqueeze(-1) for y, x in zip(layers, changes, strict=True)]
 
@@ -434,14 +436,14 @@ class MaskedNetwork:
     def adapt(self, rng: Generator, x: np.ndarray) -> None:
         """Adapt the topology of every sparse layer (drop and grow), right after a step of ``minimize``.
 
-        The first columns of ``x`` [..., batch, columns] are inputs, on which contributions of weights are measured.
+        Contributions are those over ``x`` [..., batch, columns], whose first columns are the network's inputs.
         """
-        strengths = [layer.weight for layer in self.layers]
+        worth = [layer.weight for layer in self.layers]
         if self.args.drop_by == "contribution":
-            inputs = torch.from_numpy(x[..., : strengths[0].shape[-2]]).to(self.args.device)
-            strengths = contributions(self.layers, inputs)
+            inputs = torch.from_numpy(x[..., : self.layers[0].weight.shape[-2]]).to(self.args.device)
+            worth = contributions(self.layers, inputs)
         for index, layer in enumerate(self.layers[:-1]):
-            kept, grown = drop_and_grow(strengths[index], layer.mask, self.args.drop_fraction, rng)
+            kept, grown = drop_and_grow(worth[index], layer.mask, self.args.drop_fraction, rng)
             layer.mask.copy_(kept + grown)
             if self.args.dense_moments:
                 layer.weight.copy_(self.unmasked[index] * layer.mask)

@@ -683,29 +683,29 @@ class SparseNetwork:
 
     def adapt(self, rng: np.random.Generator, x: np.ndarray) -> None:
         """Adapt the topology of every sparse layer (drop and grow); ``x`` is that of ``MaskedNetwork.adapt``."""
-        extras, strength = [self._extras(block) for block in self.blocks], self._strength(x)
+        extras, worth = [self._extras(block) for block in self.blocks], self._worth(x)
         for layer in range(self.depth - 1):
             for index in range(layer, len(self.blocks), self.depth):
-                extras[index] = self._adapt(self.blocks[index], strength, *extras[index], rng)
+                extras[index] = self._adapt(self.blocks[index], worth, *extras[index], rng)
         self._write_extras(extras)
 
-    def _strength(self, x: np.ndarray) -> np.ndarray:
-        """Return what tells how strong each connection is [C]: its weight, or as ``dst_td3.contributions`` does."""
+    def _worth(self, x: np.ndarray) -> np.ndarray:
+        """Return each connection's weight, or its contribution as ``dst_td3.contributions`` has it [C]."""
         arrays, weight = self.arrays, self.arrays.parameters[: len(self.arrays.input_index)]
         if self.args.drop_by == "magnitude":
             return weight
-        unit = arrays.input_index.astype(np.int64)
+        unit = arrays.input_index.astype(np.int64)  # among all of the stack, from among those of the layer
         for index, block in enumerate(self.blocks):
             if index % self.depth:
                 unit[block.connections] += arrays.sizes[0] + self.blocks[index - 1].rows.start
         values = all_units(arrays, activations(arrays, len(x)), x, np.arange(len(x)))
         return weight * (values - values[:, :1]).std(axis=1)[unit]
 
-    def _adapt(self, block: Block, strength: np.ndarray, extra_positions: np.ndarray, extra_weight, rng) -> tuple:
+    def _adapt(self, block: Block, worth: np.ndarray, extra_positions: np.ndarray, extra_weight, rng) -> tuple:
         """Adapt the topology of one layer. Takes and returns the positions and the weights of its target's extras."""
         arrays, (topology, place) = self.arrays, self._topology(block)
         size = block.inputs * block.outputs
-        kept, grown = drop_and_grow(strength[place], topology, size, self.args.drop_fraction, rng)
+        kept, grown = drop_and_grow(worth[place], topology, size, self.args.drop_fraction, rng)
         adapted, zeros = np.concatenate([topology[kept], grown]), np.zeros(len(grown), arrays.parameters.dtype)
         order = np.argsort(adapted, kind="stable")
         adapted = adapted[order]
@@ -877,7 +877,7 @@ def gather(values: np.ndarray, rows: np.ndarray, picks: np.ndarray, start: int, 
 
 @njit(**COMPILED)
 def all_units(network: Arrays, values: np.ndarray, rows: np.ndarray, picks: np.ndarray) -> np.ndarray:
-    """Apply a stack to picked rows, whose first columns it takes; return a view of all its units [units, batch]."""
+    """Apply a stack to the first columns of picked rows; return a view of its units after their ReLU [units, batch]."""
     gather(values, rows, picks, 0, network.sizes[0])
     for n in range(len(network.prune_guess)):
         forward(network, n, False, values, len(picks))
@@ -1100,7 +1100,13 @@ class SparseTD3(TD3):
         yield act, (self.actor.arrays, observation, *self.bounds)
         yield self._critic_update, self._arguments(self.critics, batch, noise)
         yield update_actor, self._arguments(self.actor, batch)
+        yield from self._network_calls(batch)
+
+    def _network_calls(self, batch: tuple) -> Iterator[tuple[Callable, tuple]]:
+        """Yield those of them that do not depend on the algorithm."""
         yield soft_update, self.actor.soft_update_arguments()
+        if self.args.drop_by == "contribution":
+            yield all_units, (self.actor.arrays, self.activations[0], *batch)
 
 
 def activations(stack: Arrays, batch_size: int) -> np.ndarray:

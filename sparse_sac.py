@@ -23,7 +23,6 @@ from sparse_engine import (
     gather,
     in_threads,
     outputs_for_one,
-    soft_update,
     target_values,
     units,
 )
@@ -144,4 +143,4 @@ class SparseSAC(SparseTD3, SAC):
         yield outputs_for_one, (self.actor.arrays, observation)
         yield self._critic_update, self._arguments(self.critics, batch, noise)
         yield update_actor, self._arguments(self.actor, batch, noise)
-        yield soft_update, self.actor.soft_update_arguments()
+        yield from self._network_calls(batch)

@@ -337,6 +337,7 @@ for name, options in {
         ("--env FailsToStart-v0", "cannot be made: 'a file is missing'"),
         ("--buffer-size 0", "--buffer-size must be"),
         ("--recycle-dormant --weight-decay 0", "--weight-decay must be positive with --recycle-dormant, not 0.0"),
+        ("--drop-by contribution --method td3", "--drop-by must be left out with --method td3, which drops nothing"),
         ("--buffer-size 10000000000000 --total-timesteps 10000000000000", "--buffer-size"),
         ("--hidden 0", "--hidden must be"),
         ("--hidden", "--hidden must be"),
