@@ -346,7 +346,7 @@ def test_dormant_units_are_counted_with_their_connections(whole):
 
 def test_whole_results_leave_no_remark(whole):
     coverage = whole[0]["coverage"]
-    assert len(coverage) == 15 + 3 + 3 + 4 + 10 + 23
+    assert len(coverage) == 15 + 3 + 3 + 4 + 10 + 27
     assert {(row["seeds"], row["steps"], row["remark"]) for row in coverage} == {("5", "1,000,000", "")}
     assert "unfinished" not in whole[0]
 
