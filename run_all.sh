@@ -11,7 +11,7 @@ cd "$(dirname "$0")"
 # --initial-policy takes that of the run that is otherwise the same. Several environments stand between commas.
 four=HalfCheetah-v4,Walker2d-v4,Hopper-v4,Ant-v4
 recipe='--step-exponent 0.5 --updates-per-step 2 --recycle-dormant' # with it agents at 0.9 and above learn better,
-adapting='--drop-by contribution'                                  # and with this where they adapt
+adapting='--drop-by contribution'                                  # and mostly with this, where they adapt
 # shown in                      environment     method      further arguments
 grid="
 fig1,tables,fig2,fig4,fig5      HalfCheetah-v4  ds-td3      --snapshot-at 50% 70%
