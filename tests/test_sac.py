@@ -49,8 +49,8 @@ class SACCase(Case):
 def as_sac(this: Case, **changes) -> SACCase:
     """Return the case for SAC, with the settings of its arguments that SAC has too."""
     fields = {field.name: getattr(this, field.name) for field in dataclasses.fields(this)}
-    names = ("adapt_interval", "drop_fraction", "updates_per_step", "step_exponent", "weight_decay", "recycle_dormant")
-    names += ("drop_by",)
+    names = ("adapt_interval", "drop_fraction", "drop_by", "recycle_dormant")
+    names += ("updates_per_step", "step_exponent", "weight_decay")
     own = {name: getattr(this.args, name) for name in names}
     return SACCase(**fields | {"args": dataclasses.replace(DEFAULTS, **own | changes)})
 
