@@ -116,9 +116,9 @@ class SAC(TD3):
             size = (2, self.args.batch_size, self.actions)
             next_noise, noise = rng.standard_normal(size, dtype=self.bounds[0].dtype)
             self.update_critics(batch, next_noise)
-            self.adapt(self.critics, batch, update, 1, rng)
+            self.adapt(self.critics, buffer, update, 1, rng)
             self.update_actor(batch, noise)
-            self.adapt(self.actor, batch, update, 1, rng)
+            self.adapt(self.actor, buffer, update, 1, rng)
             if self.args.learn_temperature:
                 self._update_temperature()
             if update % self.args.target_interval == 0:

@@ -221,6 +221,7 @@ def variant(args: Arguments) -> str:
 # the same shape is 1 where the topology has a connection and 0 elsewhere. Masked weights are zero.
 
 DORMANT = 1e-6  # magnitude below which all incoming weights of a unit together show that it has died
+CONTRIBUTION_SAMPLES = 1000  # transitions over which contributions are measured; a batch of 100 gained less on Ant
 
 
 def count_connections(widths: list[int], sparsity: float | None = None, er_lambda: tuple | None = None) -> list[int]:
@@ -346,29 +347,26 @@ def initial_layers(widths: list[int], connections: list[int], rng: Generator, ne
     return layers
 
 
-def layer_inputs(layers: list[Layer], x: Tensor) -> Iterator[Tensor]:
-    """Yield what each layer of an MLP with ReLU between them takes, beginning with ``x`` [..., batch, inputs]."""
-    for layer in layers[:-1]:
-        yield x
-        x = torch.relu(x @ layer.weight + layer.bias)
-    yield x
-
-
 def forward(layers: list[Layer], x: Tensor) -> Tensor:
     """Apply an MLP with ReLU between its layers to ``x`` [..., batch, inputs]; returns [..., batch, outputs]."""
-    *_, x = layer_inputs(layers, x)
+    for layer in layers[:-1]:
+        x = torch.relu(x @ layer.weight + layer.bias)
     return x @ layers[-1].weight + layers[-1].bias
 
 
 def contributions(layers: list[Layer], x: Tensor) -> list[Tensor]:
-    """Return each layer's weights times the standard deviation, over the batch ``x``, of the inputs that they weigh.
+    """Return the weights of each layer but the last, times the standard deviations of the inputs that they weigh.
 
-    They keep the weights' signs. A velocity that reaches ten moves a unit by a small weight as far as an angle does by
-    a large one: magnitude alone takes its connections away. After Wanda (arXiv 2306.11695), which measures by the norm.
+    Those are over ``x`` [..., batch, inputs]. A velocity that reaches ten moves a unit by a small weight as far as an
+    angle does by a large one: magnitude alone takes its connections away. After Wanda (arXiv 2306.11695), which
+    measures by the norm.
     """
-    # Relative to the first sample, so that an input that never changes deviates by exactly zero in either engine.
-    changes = (x - x[..., :1, :] for x in layer_inputs(layers, x))
-    return [y.weight * x.std(dim=-2, correction=0).unsqueeze(-1) for y, x in zip(layers, changes, strict=True)]
+    worth = []
+    for layer in layers[:-1]:
+        change = x - x[..., :1, :]  # so that an input that never changes deviates by exactly zero in either engine
+        worth.append(layer.weight * change.std(dim=-2, correction=0).unsqueeze(-1))
+        x = torch.relu(forward([layer], x))
+    return worth
 
 
 def stretch(action: np.ndarray | Tensor, low: np.ndarray | Tensor, high: np.ndarray | Tensor) -> np.ndarray | Tensor:
@@ -433,13 +431,14 @@ class MaskedNetwork:
                 layer.weight.detach().mul_(layer.mask)
 
     @torch.no_grad()
-    def adapt(self, rng: Generator, x: np.ndarray) -> None:
+    def adapt(self, rng: Generator, x: np.ndarray | None = None) -> None:
         """Adapt the topology of every sparse layer (drop and grow), right after a step of ``minimize``.
 
-        Contributions are those over ``x`` [..., batch, columns], whose first columns are the network's inputs.
+        Drops by contribution over ``x`` [..., batch, columns], whose first columns are the network's inputs, or
+        without it by magnitude.
         """
         worth = [layer.weight for layer in self.layers]
-        if self.args.drop_by == "contribution":
+        if x is not None:
             inputs = torch.from_numpy(x[..., : self.layers[0].weight.shape[-2]]).to(self.args.device)
             worth = contributions(self.layers, inputs)
         for index, layer in enumerate(self.layers[:-1]):
@@ -574,18 +573,20 @@ class TD3:
             batch = self.sample(buffer, rng)
             noise = rng.standard_normal((self.args.batch_size, len(self.bounds[0])), dtype=self.bounds[0].dtype)
             self.update_critics(batch, noise)
-            self.adapt(self.critics, batch, update, 1, rng)
+            self.adapt(self.critics, buffer, update, 1, rng)
             if update % delay == 0:
                 self.update_actor(batch)
-                self.adapt(self.actor, batch, update, delay, rng)
+                self.adapt(self.actor, buffer, update, delay, rng)
                 self.actor.update_target()
                 self.critics.update_target()
 
-    def adapt(self, network, batch: tuple, update: int, period: int, rng: Generator) -> None:
-        """Adapt a network that learns every ``period`` updates, from ``batch`` now, if that is due after this one."""
+    def adapt(self, network, buffer: ReplayBuffer, update: int, period: int, rng: Generator) -> None:
+        """Adapt a network that learns every ``period`` updates, if that is due after this one."""
         if adaptation_due(update, period, self.args):
-            if self.args.adapts:
-                network.adapt(rng, self.critic_inputs(batch))
+            if self.args.drop_by == "contribution":
+                network.adapt(rng, buffer.rows[buffer.draw(CONTRIBUTION_SAMPLES, rng)])
+            elif self.args.adapts:
+                network.adapt(rng)
             if self.args.recycle_dormant:
                 network.recycle(rng)
 
@@ -615,10 +616,6 @@ class MaskedTD3(TD3):
         """Return the deterministic action [actions] for one observation [observations]."""
         x = torch.from_numpy(observation.astype(np.float32)).to(self.args.device)
         return policy(self.actor.layers, x[None], self.low, self.high)[0].cpu().numpy()
-
-    def critic_inputs(self, batch: Batch) -> np.ndarray:
-        """Return a batch's observations, which the actor takes, and its actions: [batch, observations + actions]."""
-        return np.concatenate([batch.observation, batch.action], axis=-1)
 
     def update_critics(self, batch: Batch, noise: np.ndarray) -> None:
         """Fit both critics to the smaller target value; ``noise`` [batch, actions], unscaled, smooths the policy."""

@@ -681,7 +681,7 @@ class SparseNetwork:
         self.initial = [topology.astype(np.min_scalar_type(b.inputs * b.outputs)) for b, topology in sparse]
         self.steps = np.zeros((), dtype=np.int64)
 
-    def adapt(self, rng: np.random.Generator, x: np.ndarray) -> None:
+    def adapt(self, rng: np.random.Generator, x: np.ndarray | None = None) -> None:
         """Adapt the topology of every sparse layer (drop and grow); ``x`` is that of ``MaskedNetwork.adapt``."""
         extras, worth = [self._extras(block) for block in self.blocks], self._worth(x)
         for layer in range(self.depth - 1):
@@ -689,10 +689,10 @@ class SparseNetwork:
                 extras[index] = self._adapt(self.blocks[index], worth, *extras[index], rng)
         self._write_extras(extras)
 
-    def _worth(self, x: np.ndarray) -> np.ndarray:
+    def _worth(self, x: np.ndarray | None) -> np.ndarray:
         """Return each connection's weight, or its contribution as ``dst_td3.contributions`` has it [C]."""
         arrays, weight = self.arrays, self.arrays.parameters[: len(self.arrays.input_index)]
-        if self.args.drop_by == "magnitude":
+        if x is None:
             return weight
         unit = arrays.input_index.astype(np.int64)  # among all of the stack, from among those of the layer
         for index, block in enumerate(self.blocks):
@@ -1065,11 +1065,6 @@ class SparseTD3(TD3):
     def sample(self, buffer: ReplayBuffer, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Draw a batch as numbers of the buffer's rows, from where the kernels gather it."""
         return buffer.rows, buffer.draw(self.args.batch_size, rng)
-
-    def critic_inputs(self, batch: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-        """Return a batch's observations, which the actor takes, and its actions: [batch, observations + actions]."""
-        rows, picks = batch
-        return rows[:, : self.critics.arrays.sizes[0]].take(picks, axis=0)
 
     def update_critics(self, batch: tuple[np.ndarray, np.ndarray], noise: np.ndarray) -> None:
         """Fit both critics to the smaller target value; ``noise`` [batch, actions], unscaled, is for next actions."""

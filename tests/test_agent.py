@@ -33,11 +33,16 @@ def random_batch(rng: np.random.Generator, size: int = 8) -> Batch:
     return Batch(*floats, next_observation, (rng.random((size, 1)) < 0.2).astype(np.float32))
 
 
-def train(agent: MaskedTD3, steps: range, seed: int = 1) -> None:
-    rng = np.random.default_rng(seed)
+def random_buffer(rng: np.random.Generator) -> ReplayBuffer:
     buffer = ReplayBuffer(50, OBSERVATIONS, ACTIONS)
     for transition in zip(*random_batch(rng, 50), strict=True):
         buffer.add(Batch(*transition))
+    return buffer
+
+
+def train(agent: MaskedTD3, steps: range, seed: int = 1) -> None:
+    rng = np.random.default_rng(seed)
+    buffer = random_buffer(rng)
     for step in steps:
         agent.learn(buffer, step, rng)
 
@@ -122,7 +127,7 @@ def test_grown_connections_start_at_zero_with_zero_moments():
         before = [layer.mask.clone() for layer in network.layers]
         rng = np.random.default_rng(0)
         kept = [dst_td3.drop_and_grow(x.weight.detach(), x.mask, 0.4, rng)[0] for x in network.layers]
-        network.adapt(np.random.default_rng(0), random_batch(rng).observation)
+        network.adapt(np.random.default_rng(0))
         for layer, old, stayed in zip(network.layers[:-1], before, kept, strict=False):
             grown = (layer.mask == 1) & (stayed == 0)
             assert grown.any() and not torch.equal(layer.mask, old)
@@ -136,10 +141,11 @@ def test_a_contribution_is_a_weight_times_the_deviation_of_what_it_weighs():
     agent.critics.layers[0].bias.detach()[0, 0, 3] = -100  # a unit that nothing opens
     layers = [Layer(*(tensor.detach().double() for tensor in layer)) for layer in agent.critics.layers]
     found = dst_td3.contributions(layers, torch.from_numpy(x))
+    assert len(found) == 2, "the output layer drops nothing"
     assert not found[1][0, 3].any() and layers[1].weight[0, 3].any()
     for critic in range(2):
         inputs = x
-        for layer, contribution in zip(layers, found, strict=True):
+        for layer, contribution in zip(layers[:-1], found, strict=True):
             weight, bias = layer.weight[critic].numpy(), layer.bias[critic].numpy()
             for i, j in np.ndindex(weight.shape):
                 assert contribution[critic, i, j] == pytest.approx(weight[i, j] * np.std(inputs[:, i]), abs=1e-12)
@@ -149,14 +155,14 @@ def test_a_contribution_is_a_weight_times_the_deviation_of_what_it_weighs():
 @pytest.mark.parametrize("rule", ["magnitude", "contribution"])
 def test_connections_are_dropped_by_the_rule_that_was_asked_for(rule):
     """The first observation hardly changes, and has the largest weights."""
-    agent, batch = make_agent(sparsity=0.6, drop_by=rule, drop_fraction=0.1), random_batch(np.random.default_rng(0))
-    batch.observation[:, 0] /= 1000
+    agent, buffer = make_agent(sparsity=0.6, drop_by=rule, drop_fraction=0.1), random_buffer(np.random.default_rng(0))
+    buffer.rows[:, 0] /= 1000
     for network in agent.networks.values():
         layer = network.layers[0]
         layer.weight.detach()[..., 0, :] *= 100
         before = layer.mask.sum((-2, -1))
         was = layer.weight.detach().clone()
-        network.adapt(np.random.default_rng(0), agent.critic_inputs(batch))
+        agent.adapt(network, buffer, agent.args.adapt_interval, 1, np.random.default_rng(0))
         dropped = (was != 0) & (layer.weight == 0)
         assert dropped.any() and bool(dropped[..., 0, :].any()) == (rule == "contribution")
         assert torch.equal(layer.mask.sum((-2, -1)), before)
@@ -279,7 +285,7 @@ def test_a_population_is_one_more_leading_axis():
     x = torch.randn(3, 8, OBSERVATIONS, generator=torch.Generator().manual_seed(0))
     together = dst_td3.forward(stacked.layers, x)
     stacked.minimize(together.square().sum())
-    stacked.adapt(np.random.default_rng(1), x.numpy())
+    stacked.adapt(np.random.default_rng(1))
     rng = np.random.default_rng(1)
     alone = [dst_td3.MaskedNetwork([Layer(*(a[i] for a in layer)) for layer in layers], args) for i in range(3)]
     for i, network in enumerate(alone):

@@ -94,11 +94,11 @@ def test_sixty_updates_agree_with_the_authors_code(recording, monkeypatch):
         adapts = bool(due)
         agent.update_critics(batch, recording["noise"][update - 1])
         if adapts:
-            agent.critics.adapt(np.random.default_rng(0), s)
+            agent.critics.adapt(np.random.default_rng(0))
         if update % ARGUMENTS.policy_frequency == 0:
             agent.update_actor(batch)
             if adapts:
-                agent.actor.adapt(np.random.default_rng(0), s)
+                agent.actor.adapt(np.random.default_rng(0))
             for network in (agent.actor, agent.critics):
                 network.supports = [torch.empty(0, dtype=torch.int64)] * 3  # pruned below instead
                 network.update_target()
