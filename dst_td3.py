@@ -583,10 +583,9 @@ class TD3:
     def adapt(self, network, buffer: ReplayBuffer, update: int, period: int, rng: Generator) -> None:
         """Adapt a network that learns every ``period`` updates, if that is due after this one."""
         if adaptation_due(update, period, self.args):
-            if self.args.drop_by == "contribution":
-                network.adapt(rng, buffer.rows[buffer.draw(CONTRIBUTION_SAMPLES, rng)])
-            elif self.args.adapts:
-                network.adapt(rng)
+            if self.args.adapts:
+                by_contribution = self.args.drop_by == "contribution"
+                network.adapt(rng, buffer.rows[buffer.draw(CONTRIBUTION_SAMPLES, rng)] if by_contribution else None)
             if self.args.recycle_dormant:
                 network.recycle(rng)
 
