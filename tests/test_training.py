@@ -203,6 +203,9 @@ def test_the_committed_runs_are_finished(command_line, monkeypatch):
         more = dataclasses.make_dataclass("More", [("added_later", float, 0.5)], bases=(algorithm,), frozen=True)
         left_open = ("engine", "device")
         given = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items() if k not in left_open}
+        if stored.get("initial_policy"):  # kept by name and content; it is one of the same seed's snapshots
+            snapshot = stored["initial_policy"].split()[0]
+            given["initial_policy"] = directory.parents[1] / stored["method"] / directory.name / snapshot
         args = dst_td3.resolve(more(**given, results_dir=directory.parents[2]))
         assert (args.engine, args.device) == (stored["engine"], stored["device"])
         run_directory = dst_td3.RunDirectory(args)
