@@ -59,10 +59,11 @@ def first_level_cache() -> int:
     return int(size.read_text().strip().removesuffix("K")) * 1024 if size.exists() else 32 * 1024
 
 
-# The most half vectors in a tile: what the registers hold. Where the cache is small, the forward pass takes less of
-# long vectors, so that the tiles of a band of inputs (see Sparse networks) fill the cache and not more.
+# The most half vectors in a tile: what the registers hold, the forward pass's sums alone where there are but sixteen of
+# them. Where the cache is small, it takes less of long vectors, so that the tiles of a band of inputs (see Sparse
+# networks) fill the cache and not more.
 BACKWARD_TILE = 14
-FORWARD_TILE = 8 if first_level_cache() < 600 * VECTOR_BYTES else 14
+FORWARD_TILE = 26 if VECTOR_BYTES < 64 else 8 if first_level_cache() < 600 * 64 else 14
 BAND_INPUTS = first_level_cache() // (FORWARD_TILE * VECTOR_BYTES // 2) // 32 * 32
 BAND_OUTPUTS = first_level_cache() // (BACKWARD_TILE * VECTOR_BYTES // 2) // 32 * 32  # likewise, of the backward pass
 BAND_CONNECTIONS = 16  # the fewest, on average, that a row of a band is worth its start for
@@ -145,14 +146,11 @@ class Emitter:
         half = len(lanes) // 2
         return self.builder.fadd(self.shuffle(vector, vector, lanes[:half]), self.shuffle(vector, vector, lanes[half:]))
 
-    def dot(self, xs: list, ys: list):
-        """Return the dot product of two tiles as a vector of half a vector's lanes that is still to be summed."""
-        total = None
-        for x, y in zip(xs, ys, strict=True):
-            if total is not None and total.type.count > x.type.count:
-                total = self.fold(total)
-            total = self.builder.fmul(x, y) if total is None else self.multiply_add(x, y, total)
-        return self.fold(total) if total.type.count == self.lanes else total
+    def add_to_dot(self, total, x, y):
+        """Add the product of two vectors to a tile's dot product so far, None before the first, and return that."""
+        if total is None:
+            return self.builder.fmul(x, y)
+        return self.multiply_add(x, y, self.fold(total) if total.type.count > x.type.count else total)
 
     def sum_each(self, vectors: list):
         """Return the sum of each of several (a power of two) vectors, as one vector.
@@ -171,13 +169,12 @@ class Emitter:
             total = self.fold(total)
         return total
 
-    def store_sums(self, vectors: list, pointers: list, accumulate) -> None:
-        """Store the sum of each vector at its pointer, or add it to what is there."""
-        total = self.sum_each(vectors)
+    def add_sums(self, vectors: list, pointers: list) -> None:
+        """Add the sum of each vector to what is at its pointer."""
+        total = self.sum_each([self.fold(v) if v.type.count == self.lanes else v for v in vectors])
         for lane, pointer in enumerate(pointers):
-            before = self.builder.select(accumulate, self.builder.load(pointer), ir.Constant(self.element, 0.0))
             value = self.builder.extract_element(total, ir.Constant(ir.IntType(32), lane))
-            self.builder.store(self.builder.fadd(before, value), pointer)
+            self.builder.store(self.builder.fadd(self.builder.load(pointer), value), pointer)
 
 
 @intrinsic
@@ -223,24 +220,23 @@ def weighted_sum(
 
 @intrinsic
 def backward_row(
-    typing, values, at, sum_at, delta_at, stride, half_vectors, gate, resume, finish, weight, gradient, accumulate,
-    place, index, start, stop
+    typing, values, at, sum_at, delta_at, stride, half_vectors, gate, resume, finish, weight, gradient, place, index,
+    start, stop
 ):  # fmt: skip
     """Propagate the gradients of one tile of a layer's outputs back to one of its inputs, over its connections.
 
     The input's row is at ``values[at]``, the gradient of output ``o`` at ``values[delta_at + o * stride]``, and
-    connection k is that of ``index[k]`` with the weight at ``place[k]``. Weights' gradients go to ``gradient``, or are
-    added to what is there (``accumulate``), unless ``gradient`` is None. Unless ``weight`` is None, the input's own
-    gradient takes the place of its value, zero where that is at most ``gate`` (0 for a ReLU, -inf for none). Its sum
-    may take several calls, at ``values[sum_at]`` in between: all but the first ``resume``, the last is to ``finish``.
+    connection k is that of ``index[k]`` with the weight at ``place[k]``. Weights' gradients are added to what is in
+    ``gradient``, unless that is None. Unless ``weight`` is None, the input's own gradient takes the place of its value,
+    zero where that is at most ``gate`` (0 for a ReLU, -inf for none). Its sum may take several calls, at
+    ``values[sum_at]`` in between: all but the first ``resume``, the last is to ``finish``.
     """
     to_input, to_weights = not isinstance(weight, types.NoneType), not isinstance(gradient, types.NoneType)
 
     def codegen(context, builder, signature, arguments):
-        _, at, sum_at, delta_at, stride, half_vectors, gate, resume, finish, *arrays, start, stop = arguments
-        accumulate = arrays[2]
+        _, at, sum_at, delta_at, stride, half_vectors, gate, resume, finish, *_, start, stop = arguments
         emitter = Emitter(context, builder, values.dtype)
-        rows, places, indices = (emitter.data(signature.args[i], arguments[i]) for i in (0, 12, 13))
+        rows, places, indices = (emitter.data(signature.args[i], arguments[i]) for i in (0, 11, 12))
         weights = emitter.data(signature.args[9], arguments[9]) if to_input else None
         gradients = emitter.data(signature.args[10], arguments[10]) if to_weights else None
         own_row, sum_row = builder.gep(rows, [at]), builder.gep(rows, [sum_at])
@@ -256,19 +252,22 @@ def backward_row(
             def connection(k):
                 place = emitter.at(places, k)
                 offset = builder.add(delta_at, builder.mul(emitter.at(indices, k), stride))
-                delta = [emitter.load(builder.gep(rows, [offset]), slot) for slot in slots]
-                if to_input:
-                    w = emitter.at(weights, place)
-                    for total, d in zip(sums, delta, strict=True):
-                        emitter.add_to(total, emitter.splat(w, d.type.count), d)
-                return (builder.gep(gradients, [place]), emitter.dot(value, delta)) if to_weights else None
+                row, dot = builder.gep(rows, [offset]), None
+                w = emitter.at(weights, place) if to_input else None
+                for total, v, slot in zip(sums, value, slots, strict=True):
+                    delta = emitter.load(row, slot)  # used at once, for LLVM would keep others waiting on the stack
+                    if to_input:
+                        emitter.add_to(total, emitter.splat(w, slot[1]), delta)
+                    if to_weights:
+                        dot = emitter.add_to_dot(dot, v, delta)
+                return (builder.gep(gradients, [place]), dot) if to_weights else None
 
             def connections(first, end, count):
                 with cgutils.for_range_slice(builder, first, end, ir.Constant(first.type, count)) as (k, _):
                     each = [connection(builder.add(k, ir.Constant(k.type, i))) for i in range(count)]
                     if to_weights:
                         pointers, dots = zip(*each, strict=True)
-                        emitter.store_sums(dots, pointers, accumulate)
+                        emitter.add_sums(dots, pointers)
 
             at_once = min(DOTS_AT_ONCE, emitter.lanes // 2)
             several = builder.and_(builder.sub(stop, start), ir.Constant(start.type, -at_once))
@@ -288,7 +287,7 @@ def backward_row(
         return context.get_dummy_value()
 
     places, segment, flags = (types.intp,) * 5, (types.intp,) * 2, (types.boolean,) * 2
-    arrays = (weight, gradient, types.boolean, place, index)
+    arrays = (weight, gradient, place, index)
     return types.void(values, *places, values.dtype, *flags, *arrays, *segment), codegen
 
 
@@ -510,11 +509,13 @@ def backward_layer(network, n, layer, values, at, delta_at, first_input, gate, w
     The inputs are the units from ``at`` on; the gradients of the outputs are in the units from ``delta_at`` on.
     """
     inputs, outputs = network.sizes[layer], network.sizes[layer + 1]
+    part = n * len(network.bands) + layer
+    first, end = network.part_start[part], network.part_start[part + 1]
     if network.full[layer]:
-        part = n * len(network.bands) + layer
-        first, end = network.part_start[part], network.part_start[part + 1]
         full_backward(values, first, end, outputs, at, delta_at, first_input, gate, weight, gradient, batch)
         return
+    if gradient is not None:
+        gradient[first:end] = 0  # what the kernel adds to: storing at first would be a branch for each connection
     stride, half_vectors = batch_layout(batch, values.itemsize)
     sums = network.sizes[0] + len(network.extra_start) - 1 + n * network.sizes.max()
     columns = network.sizes[:-1] * network.column_bands
@@ -527,7 +528,7 @@ def backward_layer(network, n, layer, values, at, delta_at, first_input, gate, w
             for c in range(first_input, inputs):
                 backward_row(
                     values, (at + c) * stride + offset, (sums + c) * stride + offset, delta_at * stride + offset,
-                    stride, last - first, gate, band > 0, band == bands - 1, weight, gradient, tile > 0, network.place,
+                    stride, last - first, gate, band > 0, band == bands - 1, weight, gradient, network.place,
                     network.output_index, network.column_start[column + c], network.column_start[column + c + 1]
                 )  # fmt: skip
             column += inputs
