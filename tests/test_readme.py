@@ -104,3 +104,8 @@ def test_the_table_of_speeds_has_the_return_of_every_agent_that_was_trained(row)
     ours = final_returns(variant + f"_{options}" * len(recipe))
     ratio = f"{statistics.mean(ours) / statistics.mean(final_returns('td3')):.2f}x" if ours else "-"
     assert row["return over dense"] == ratio.replace("1.00x", "1")
+
+
+def test_the_table_of_high_sparsity_is_the_notebooks():
+    notebooks = (ROOT / "results" / "tables" / "high_sparsity.md").read_text()
+    assert notebooks[notebooks.index("| setting |") :].strip() in README
