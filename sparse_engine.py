@@ -444,8 +444,8 @@ def sparse_forward(network, parameters, target, layer, first_segment, row, value
     biases, bands, outputs = len(network.input_index) + row, network.bands[layer], network.sizes[layer + 1]
     tiles = -(-half_vectors // FORWARD_TILE)
     for tile in range(tiles):
-        first, last = tile * half_vectors // tiles, (tile + 1) * half_vectors // tiles
-        offset = first * VECTOR_BYTES // 2 // values.itemsize
+        tile_start, tile_end = tile * half_vectors // tiles, (tile + 1) * half_vectors // tiles
+        offset = tile_start * VECTOR_BYTES // 2 // values.itemsize
         for band in range(bands):
             last_band = band == bands - 1
             for r in range(outputs):
@@ -455,8 +455,8 @@ def sparse_forward(network, parameters, target, layer, first_segment, row, value
                     extra_start, extra_stop = network.extra_start[row + r], network.extra_start[row + r + 1]
                 weighted_sum(
                     values, (network.sizes[0] + row + r) * stride + offset, source * stride + offset, stride,
-                    last - first, floor if last_band else -np.inf, parameters[biases + r], band > 0, parameters,
-                    network.input_index, network.segment_start[segment], network.segment_start[segment + 1],
+                    tile_end - tile_start, floor if last_band else -np.inf, parameters[biases + r], band > 0,
+                    parameters, network.input_index, network.segment_start[segment], network.segment_start[segment + 1],
                     network.extra_weight, network.extra_index, extra_start, extra_stop
                 )  # fmt: skip
 
@@ -521,14 +521,14 @@ def backward_layer(network, n, layer, values, at, delta_at, first_input, gate, w
     columns = network.sizes[:-1] * network.column_bands
     tiles, bands = -(-half_vectors // BACKWARD_TILE), network.column_bands[layer]
     for tile in range(tiles):
-        first, last = tile * half_vectors // tiles, (tile + 1) * half_vectors // tiles
-        offset = first * VECTOR_BYTES // 2 // values.itemsize
+        tile_start, tile_end = tile * half_vectors // tiles, (tile + 1) * half_vectors // tiles
+        offset = tile_start * VECTOR_BYTES // 2 // values.itemsize
         column = n * columns.sum() + columns[:layer].sum()
         for band in range(bands):
             for c in range(first_input, inputs):
                 backward_row(
                     values, (at + c) * stride + offset, (sums + c) * stride + offset, delta_at * stride + offset,
-                    stride, last - first, gate, band > 0, band == bands - 1, weight, gradient, network.place,
+                    stride, tile_end - tile_start, gate, band > 0, band == bands - 1, weight, gradient, network.place,
                     network.output_index, network.column_start[column + c], network.column_start[column + c + 1]
                 )  # fmt: skip
             column += inputs
