@@ -217,7 +217,8 @@ for run in "${!commands[@]}"; do is_finished "$run" || missing+=("$run"); done
 if [[ -n $list ]]; then
   printf '%s\n' "${commands[@]}"
   echo "$total runs of $steps steps, ${#missing[@]} of them not finished" >&2
-  # Both times of a summary together are what a run costs; the finished runs of an algorithm tell what its others will.
+  # Both times of a summary together are what a run costs. Finished runs of the same setting tell what a run will cost;
+  # where there are none, all finished runs of its algorithm do.
   {
     for run in "${!commands[@]}"; do
       if is_finished "$run"; then echo "finished ${directories[run]}/"; else echo "missing ${directories[run]}/"; fi
@@ -225,18 +226,31 @@ if [[ -n $list ]]; then
     find "$results" -mindepth 4 -maxdepth 4 -name summary.json -exec grep -H : {} + 2>/dev/null || true
   } | tr -d '",' |
     awk -v steps="$steps" '
-      { algorithm = $0 ~ "/[a-z-]*sac(_[^/]*)?/seed[0-9]+/" ? "SAC" : "TD3" }
-      $1 == "finished" || $1 == "missing" { total[algorithm]++; missing[algorithm] += $1 == "missing" }
-      $2 == "steps:" { made[algorithm] += $3; runs[algorithm]++ }
-      $2 == "training_seconds:" || $2 == "evaluation_seconds:" { seconds[algorithm] += $3 }
+      function algorithm_of(setting) { return setting ~ "/[a-z-]*sac(_[^/]*)?$" ? "SAC" : "TD3" }
+      {
+        listed = $1 == "finished" || $1 == "missing"
+        setting = listed ? $2 : $1
+        sub("/seed[0-9]+/.*", "", setting)
+        algorithm = algorithm_of(setting)
+      }
+      listed { total[algorithm]++; runs[setting]++ }
+      $1 == "missing" { missing[algorithm]++; left[setting]++ }
+      $2 == "steps:" { made[setting] += $3; made[algorithm] += $3; finished[algorithm]++ }
+      $2 == "training_seconds:" || $2 == "evaluation_seconds:" { seconds[setting] += $3; seconds[algorithm] += $3 }
       END {
+        for (setting in runs) {
+          algorithm = algorithm_of(setting)
+          known = made[setting] ? setting : algorithm
+          hours = made[known] ? steps * seconds[known] / made[known] / 3600 : 0
+          all[algorithm] += hours * runs[setting]
+          ahead[algorithm] += hours * left[setting]
+        }
         for (algorithm in total) {
           printf "%s: ", algorithm
           if (!made[algorithm]) { print "no run is finished yet: the time of the others is unknown"; continue }
-          hours = steps * seconds[algorithm] / made[algorithm] / 3600
-          printf "about %.1f core-hours for all %d, ", hours * total[algorithm], total[algorithm]
-          printf "%.1f for the %d missing ones ", hours * missing[algorithm], missing[algorithm]
-          printf "(%.0f steps/s, the mean of %d runs)\n", made[algorithm] / seconds[algorithm], runs[algorithm]
+          printf "about %.1f core-hours for all %d, ", all[algorithm], total[algorithm]
+          printf "%.1f for the %d missing ones ", ahead[algorithm], missing[algorithm]
+          printf "(by %d finished runs, each setting by its own where it has some)\n", finished[algorithm]
         }
       }' >&2
   exit

@@ -169,7 +169,7 @@ def test_list_estimates_the_time_from_finished_runs(tmp_path):
     (run / "summary.json").write_text(json.dumps(summary, indent=2))
     _, _, estimate = run_all("--list", "--results-dir", tmp_path)
     assert "309 of them not finished" in estimate
-    assert "TD3: about 260.0 core-hours for all 260, 259.0 for the 259 missing ones (278 steps/s" in estimate
+    assert "TD3: about 260.0 core-hours for all 260, 259.0 for the 259 missing ones (by 1 finished run" in estimate
     assert "SAC: no run is finished yet" in estimate
     # SAC's runs have costs of their own.
     run = tmp_path / "Hopper-v4" / "ds-sac_sparsity=0.5" / "seed0"
@@ -177,7 +177,14 @@ def test_list_estimates_the_time_from_finished_runs(tmp_path):
     (run / "summary.json").write_text(json.dumps(summary | {"training_seconds": 6600.0}, indent=2))
     _, _, estimate = run_all("--list", "--results-dir", tmp_path)
     assert "TD3: about 260.0 core-hours for all 260, 259.0 for" in estimate
-    assert "SAC: about 100.0 core-hours for all 50, 100.0 for the 50 missing ones (139 steps/s" in estimate
+    assert "SAC: about 100.0 core-hours for all 50, 100.0 for the 50 missing ones (by 1 finished run" in estimate
+    # Where a setting has finished runs, they tell of it, and all together of the others.
+    run = tmp_path / "Humanoid-v4" / "td3" / "seed0"
+    run.mkdir(parents=True)
+    (run / "summary.json").write_text(json.dumps(summary | {"training_seconds": 10200.0}, indent=2))
+    _, _, estimate = run_all("--list", "--results-dir", tmp_path)
+    hours = {"Hopper-v4 td3": 5 * 1, "Humanoid-v4 td3": 5 * 3, "all others": 250 * 2}
+    assert f"TD3: about {sum(hours.values()):.1f} core-hours for all 260, {sum(hours.values()) - 4:.1f} for" in estimate
 
 
 def test_list_knows_where_each_run_is(tmp_path):
