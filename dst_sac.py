@@ -5,7 +5,7 @@ Applications", arXiv 1812.05905): its arguments, its stochastic actor and its lo
 run and command line are imported. ``sparse_sac.py`` computes the same update on connections alone.
 
 What differs from other SACs is the paper's or its TD3's: the temperature is fixed, targets are copies made every 1,000
-updates instead of moving averages, Adam has weight decay, and all updates of a step share a batch.
+updates instead of moving averages, Adam has weight decay, and an update's critics and actor share a batch.
 """
 
 import dataclasses

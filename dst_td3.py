@@ -58,8 +58,9 @@ class Arguments:
 
     env: str = "HalfCheetah-v4"  # Gymnasium environment with a vector of observations and a bounded vector of actions
     method: Literal["ds-td3", "static-td3", "td3"] = "ds-td3"  # adapts its topology, keeps its first one, or is dense
-    sparsity: float | None = None  # fraction of the hidden layers' connections left out (default: --er-lambda, or 0.5)
-    er_lambda: tuple[float, ...] | None = None  # instead: lambda * (inputs + outputs) connections for each hidden layer
+    sparsity: float | None = None  # fraction of the hidden layers' connections left out
+    er_lambda: tuple[float, ...] | None = None
+    """instead: lambda * (inputs + outputs) connections for each hidden layer (neither: the paper's lambda, or 0.5)"""
     hidden: tuple[int, ...] = (256, 256)  # widths of the hidden layers
     adapt_interval: int = 1000  # e of the paper: steps between two adaptations of the topology
     drop_fraction: float = 0.05  # eta of the paper: fraction of a layer's connections that an adaptation replaces
@@ -778,6 +779,14 @@ def write_json(path: Path, content: dict) -> None:
         file.write((json.dumps(content, indent=2) + "\n").encode())
 
 
+def read_json(path: Path, key: str):
+    """Return one entry of what ``write_json`` wrote. Raises InputError when the file is damaged."""
+    try:
+        return json.loads(path.read_text())[key]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is damaged: move its folder away, or choose a --results-dir") from error
+
+
 def write_csv(path: Path, rows: list[dict]) -> None:
     """Replace ``path`` by ``rows`` as CSV with a header; floats keep every digit."""
     lines = [rows[0], *(row.values() for row in rows)]
@@ -862,12 +871,7 @@ class RunDirectory:
 
     def begun_with(self) -> dict:
         """Return the arguments of the run that is here, if any; those added since are at their defaults."""
-        if not self.config.exists():
-            return {}
-        try:
-            return self.defaults | json.loads(self.config.read_text())["arguments"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{self.config} is damaged: move its folder away, or choose a --results-dir") from error
+        return self.defaults | read_json(self.config, "arguments") if self.config.exists() else {}
 
     @contextmanager
     def opened(self):
@@ -900,8 +904,13 @@ class RunDirectory:
 
     @property
     def finished(self) -> bool:
-        """Whether the run is done."""
-        return (self.path / "summary.json").exists()
+        """Whether the run is done. Raises InputError when its summary is damaged."""
+        summary = self.path / "summary.json"
+        return summary.exists() and read_json(summary, "steps") > 0
+
+    def snapshot(self, step: int) -> Path:
+        """Return where the policy after ``step`` steps is kept, if asked for."""
+        return self.path / f"policy-{step}.npz"
 
     def remove_working_files(self) -> None:
         """Remove what only an unfinished run needs."""
@@ -1047,18 +1056,19 @@ class Run:
         self.buffer.rows[kept % len(self.buffer.rows)] = rows[kept]
         self.buffer.added, self.written, self.written_crc = count, count, crc
 
-    def save_policy(self, name: str) -> None:
-        """Write the policy so far into the run directory."""
-        save_policy(self.directory.path / name, self.agent.policy_layers(), self.bounds, self.args.env)
+    def save_policy(self, path: Path) -> None:
+        """Write the policy so far."""
+        save_policy(path, self.agent.policy_layers(), self.bounds, self.args.env)
 
     def finish(self) -> dict:
         """Write the trained policy and the summary, remove what only an unfinished run needs, return the summary."""
         returns = [row["return_mean"] for row in self.tables["evaluations"]]
         lca = learning_curve_area(returns, self.args.eval_interval, self.args.total_timesteps)
-        summary = self.costs | {"final_return": float(np.mean(returns[-10:])), "lca": lca, "evaluations": len(returns)}
+        trained = returns[1:]  # the first evaluation is of the untrained policy, and in a short run among the last ten
+        summary = self.costs | {"final_return": float(np.mean(trained[-10:])), "lca": lca, "evaluations": len(returns)}
         summary |= {"steps": self.step} | {f"{name}_seconds": round(value, 1) for name, value in self.seconds.items()}
         summary |= {"peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
-        self.save_policy("policy.npz")
+        self.save_policy(self.directory.path / "policy.npz")
         write_json(self.directory.path / "summary.json", summary)
         self.directory.remove_working_files()
         return summary
@@ -1093,11 +1103,11 @@ class Progress:
 
             self.writer = SummaryWriter(directory.path / "tensorboard", purge_step=run.step + 1)
             self.closing.callback(self.writer.close)
-        self.began = {"initial": run.step, "total": args.total_timesteps, "unit": " steps"}
-        self.began_at = time.perf_counter()
+        self.shown, self.shown_at = run.step, time.perf_counter()  # at the last line
         print(f"{args.env} {variant(args)} seed {args.seed}: step {run.step:,} of {args.total_timesteps:,}", flush=True)
         layout = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {rate_fmt} {remaining} left{postfix}"
-        self.bar = self.closing.enter_context(tqdm(**self.began, unit_scale=True, bar_format=layout, disable=None))
+        options = {"initial": run.step, "unit_scale": True, "bar_format": layout, "disable": None}
+        self.bar = self.closing.enter_context(tqdm(total=args.total_timesteps, unit=" steps", **options))
 
     def evaluated(self, row: dict) -> None:
         """Show and log an evaluation's row of the table, and log the losses of the last update."""
@@ -1107,9 +1117,13 @@ class Progress:
                 self.writer.add_scalar(name, value, step)
         self.bar.set_postfix_str(f"return {mean:.0f}, sparsity {sparsity:.2f}")
         if self.bar.disable:
-            elapsed = time.perf_counter() - self.began_at
-            speed = tqdm.format_meter(step, elapsed=elapsed, bar_format="{rate_fmt}  {remaining} left", **self.began)
+            now, args = time.perf_counter(), self.run.args
+            # Steps before the first update are many times faster, and tell nothing of the time that is left.
+            layout = "{rate_fmt}" + "  {remaining} left" * (step > args.learning_starts)
+            since = {"elapsed": now - self.shown_at, "initial": self.shown, "unit": " steps", "bar_format": layout}
+            speed = tqdm.format_meter(step, args.total_timesteps, **since)
             print(f"step {step:>9,}  return {mean:9.1f} +- {std:7.1f}  sparsity {sparsity:.2f}  {speed}", flush=True)
+            self.shown, self.shown_at = step, now
 
 
 def advance_to_the_end(run: Run, progress: Progress, stop_signals: list[signal.Signals]) -> None:
@@ -1123,7 +1137,7 @@ def advance_to_the_end(run: Run, progress: Progress, stop_signals: list[signal.S
         if run.step % args.eval_interval == 0 or run.step == args.total_timesteps:
             progress.evaluated(run.evaluate())
         if run.step in args.snapshot_at:
-            run.save_policy(f"policy-{run.step}.npz")
+            run.save_policy(run.directory.snapshot(run.step))
         due = stop_signals or run.step - run.saved_step >= args.checkpoint_interval
         if due and run.between_episodes:
             run.save()
@@ -1139,11 +1153,15 @@ def train(args: Arguments) -> int:
     # Making a run may compile, which a finished one need not; only under the lock is it sure whether it is finished.
     run = None if directory.finished else Run(args, directory)
     with directory.opened():
+        if not directory.finished:
+            run.load()
+        step = args.total_timesteps if directory.finished else run.step
+        for late in (s for s in args.snapshot_at if s <= step and not directory.snapshot(s).exists()):
+            print(f"--snapshot-at {late} comes too late: {directory.path} is at step {step:,}")
         if directory.finished:
             directory.remove_working_files()
             print(f"{directory.path} is finished already: nothing to do")
             return 0
-        run.load()
         stop_signals, progress = remember_stop_signals(), Progress(run)
         try:
             with progress.closing:
