@@ -1153,12 +1153,13 @@ def train(args: Arguments) -> int:
     # Making a run may compile, which a finished one need not; only under the lock is it sure whether it is finished.
     run = None if directory.finished else Run(args, directory)
     with directory.opened():
-        if not directory.finished:
+        finished = directory.finished
+        if not finished:
             run.load()
-        step = args.total_timesteps if directory.finished else run.step
+        step = args.total_timesteps if finished else run.step
         for late in (s for s in args.snapshot_at if s <= step and not directory.snapshot(s).exists()):
             print(f"--snapshot-at {late} comes too late: {directory.path} is at step {step:,}")
-        if directory.finished:
+        if finished:
             directory.remove_working_files()
             print(f"{directory.path} is finished already: nothing to do")
             return 0

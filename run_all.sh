@@ -231,6 +231,7 @@ if [[ -n $list ]]; then
         listed = $1 == "finished" || $1 == "missing"
         setting = listed ? $2 : $1
         sub("/seed[0-9]+/.*", "", setting)
+        gsub("/+", "/", setting)
         algorithm = algorithm_of(setting)
       }
       listed { total[algorithm]++; runs[setting]++ }
