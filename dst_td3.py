@@ -676,7 +676,7 @@ def make_environment(name: str, **options) -> gymnasium.Env:
         env = gymnasium.make(name, disable_env_checker=True, **options)
     except Exception as error:  # an environment's own code can raise anything
         reason, papers = " ".join(str(error).split()) or type(error).__name__, ", ".join(Arguments.PAPER_LAMBDA)
-        raise InputError(f"environment {name} cannot be made: {reason}; the paper's are {papers}") from error
+        raise InputError(f"environment {name} cannot be made (the paper's are {papers}): {reason}") from error
     for kind, space in (("observations", env.observation_space), ("actions", env.action_space)):
         if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1:
             raise InputError(f"{name} has {kind} in {space}: needed is a vector of real numbers (a Box of one axis)")

@@ -136,7 +136,7 @@ while read -r figures environments method further; do
   done
 done <<<"$grid"
 [[ -n $rows ]] ||
-  reject "no run is of ${only[*]} together: --only takes fig1 to fig5, tables, appendix, an environment or a method"
+  reject "no run matches --only ${only[*]}: it takes fig1 to fig5, tables, appendix, an environment or a method"
 
 length='' evaluation=''
 ((steps == 1000000)) || length="--total-timesteps $steps"

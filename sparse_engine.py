@@ -1123,7 +1123,7 @@ class CompilationNotice(event.Listener):
     def on_start(self, event) -> None:
         """Say so at the first kernel that no earlier run has left compiled."""
         if not self.given:
-            print("compiling the sparse engine for this machine (once, half a minute) ...", file=sys.stderr, flush=True)
+            print("compiling the sparse engine for this machine (once, 1-2 minutes) ...", file=sys.stderr, flush=True)
         self.given = True
 
     def on_end(self, event) -> None:

@@ -192,6 +192,8 @@ def watch(args: Arguments) -> None:
             returns.append(total)
             tqdm.write(f"episode {len(returns):>3}  return {total:9.1f}  {length:,} steps")
     print(f"mean return {np.mean(returns):.1f} +- {np.std(returns):.1f}")
+    if args.video:
+        print(f"video: {args.video}")
 
 
 def main() -> int:

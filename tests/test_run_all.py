@@ -235,8 +235,8 @@ def test_list_names_what_the_environment_lacks(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--only", "fig9"], "no run is of fig9"),
-        (["--only", "Ant-v4", "--only", "fig2"], "no run is of Ant-v4 fig2"),
+        (["--only", "fig9"], "no run matches --only fig9:"),
+        (["--only", "Ant-v4", "--only", "fig2"], "no run matches --only Ant-v4 fig2:"),
         (["--seeds", "0"], "--seeds must be a positive whole number, not 0"),
         (["--steps", "1e6"], "--steps must be a positive whole number, not 1e6"),
         (["--steps", "25000"], "--steps must be at least 25001"),

@@ -90,6 +90,7 @@ def test_a_video_shows_the_episode_in_real_time(stand, tmp_path, suffix):
     assert metadata.get("fps") == 25 or metadata["duration"] == 40
     assert not np.array_equal(pictures[0], pictures[-1])
     assert os.listdir(tmp_path) == [path.name]
+    assert shown.stdout.splitlines()[-1] == f"video: {path}"
 
 
 def test_drawing_changes_no_return():
