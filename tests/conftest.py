@@ -28,7 +28,7 @@ PROGRAM = Path(dst_td3.__file__)
 FIGURES = (
     *("fig1_learning_curves", "fig2_adapt_interval", "fig3_sparsity", "fig4_initial_policy"),
     "fig5_high_sparsity",
-    *("dense_moments", "wall_clock", "seconds_and_bytes", "topology_alive", "topology_inputs"),
+    *("dense_moments", "seconds_and_bytes", "topology_alive", "topology_inputs"),
 )
 
 # Figure 5: its four environments, and its recipe as the names of its runs have it, of any and of those that adapt.
