@@ -312,13 +312,15 @@ for name, options in {
 }.items():
     gymnasium.register(name, entry_point=Broken, kwargs=options)
 
+THE_PAPERS = "(the paper's are HalfCheetah-v4, Hopper-v4, Walker2d-v4, Ant-v4, Humanoid-v4)"
+
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
         ("--env Hoper-v4", "Did you mean: `Hopper`?"),
         ("--env Hopper-v3", "Hopper-v4"),
-        ("--env Nonsense", "Humanoid-v4): Environment `Nonsense` doesn't exist"),
+        ("--env Nonsense", f"environment Nonsense cannot be made {THE_PAPERS}: Environment `Nonsense` doesn't exist"),
         ("--env DiscreteActions-v0", "vector of real numbers"),
         ("--env DictionaryObservations-v0", "vector of real numbers"),
         ("--env ImageObservations-v0", "vector of real numbers"),
@@ -339,7 +341,7 @@ for name, options in {
         ("--total-timesteps -5", "--total-timesteps must be"),
         ("--total-timesteps 25000", "--total-timesteps must be more than --learning-starts (25000)"),
         ("--env no_such_module:Env-v0", "no_such_module"),
-        ("--env FailsToStart-v0", "Humanoid-v4): 'a file is missing'"),
+        ("--env FailsToStart-v0", f"cannot be made {THE_PAPERS}: 'a file is missing'"),
         ("--buffer-size 0", "--buffer-size must be"),
         ("--recycle-dormant --weight-decay 0", "--weight-decay must be positive with --recycle-dormant, not 0.0"),
         ("--drop-by contribution --method td3", "--drop-by must be left out with --method td3, which drops nothing"),
