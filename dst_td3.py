@@ -873,6 +873,13 @@ class RunDirectory:
         """Return the arguments of the run that is here, if any; those added since are at their defaults."""
         return self.defaults | read_json(self.config, "arguments") if self.config.exists() else {}
 
+    def require_same_arguments(self) -> None:
+        """Raise InputError where a run that was begun with other arguments is here."""
+        begun, ours = self.begun_with(), self.arguments
+        if differing := [name for name in begun if begun[name] != ours.get(name)]:
+            pairs = ", ".join(f"{name} {begun[name]} there and {ours.get(name)} here" for name in differing)
+            raise InputError(f"{self.path} has a run with other arguments ({pairs}): choose another --results-dir")
+
     @contextmanager
     def opened(self):
         """Make the directory and keep others out. Raises InputError when it is in use, unusable or of another run."""
@@ -887,10 +894,7 @@ class RunDirectory:
                 raise InputError(f"cannot use {self.path}: {error.strerror}") from error
             if not self.config.exists():
                 write_json(self.config, {"id": os.urandom(4).hex(), "arguments": self.arguments, **provenance()})
-            theirs, ours = self.begun_with(), self.arguments
-            if differing := [name for name in theirs if theirs[name] != ours.get(name)]:
-                pairs = ", ".join(f"{name} {theirs[name]} there and {ours.get(name)} here" for name in differing)
-                raise InputError(f"{self.path} has a run with other arguments ({pairs}): choose another --results-dir")
+            self.require_same_arguments()
             self.id = json.loads(self.config.read_text()).get("id")
             yield
 
@@ -1150,7 +1154,8 @@ def train(args: Arguments) -> int:
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)  # what decays towards zero becomes denormal, which slows a CPU many times over
     directory = RunDirectory(args)
-    # Making a run may compile, which a finished one need not; only under the lock is it sure whether it is finished.
+    directory.require_same_arguments()
+    # Making a run may compile, for minutes: one that is finished, or another's, need not. Only the lock makes it sure.
     run = None if directory.finished else Run(args, directory)
     with directory.opened():
         finished = directory.finished

@@ -485,8 +485,11 @@ def test_a_checkpoint_of_another_run_is_refused(command_line, stopped, tmp_path)
     assert found.read_bytes() == before
 
 
-def test_a_folder_with_other_arguments_is_refused(command_line, unbroken):
-    code, _, error = command_line(*SHORT, "--threads", 2, "--results-dir", unbroken.parents[2])
+@pytest.mark.parametrize("directory", ["unbroken", "stopped"])
+def test_a_folder_with_other_arguments_is_refused_at_once(command_line, monkeypatch, request, directory):
+    monkeypatch.setattr(dst_td3, "Run", None)  # making one may compile for minutes
+    path = request.getfixturevalue(directory)
+    code, _, error = command_line(*SHORT, "--threads", 2, "--results-dir", path.parents[2])
     assert code == 2 and "threads 1 there and 2 here" in error
 
 
