@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -75,8 +76,8 @@ def quantize(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.rint(weight / scale).astype(np.int8), scale
 
 
-def evaluate_exactly(trained: Policy, observations: np.ndarray, weights: str) -> np.ndarray:
-    """Return the actions [..., actions] for observations [..., observations] in float64, of the weights as written."""
+def exact_policy(trained: Policy, weights: str) -> Callable[[np.ndarray], np.ndarray]:
+    """Return the policy, of the weights as written, in float64: observations [..., n] to actions [..., actions]."""
     layers = []
     for weight, mask, bias in trained.layers:
         if weights == "int8":
@@ -84,16 +85,16 @@ def evaluate_exactly(trained: Policy, observations: np.ndarray, weights: str) ->
             weight = rounded * scale
         layers.append(Layer(*(torch.from_numpy(array).double() for array in (weight, mask, bias))))
     low, high = (torch.from_numpy(bound).double() for bound in (trained.low, trained.high))
-    return policy(layers, torch.from_numpy(observations).double(), low, high).numpy()
+    return lambda observations: policy(layers, torch.from_numpy(observations).double(), low, high).numpy()
 
 
 def observe(trained: Policy, count: int) -> np.ndarray:
     """Play the policy from its run's first evaluation on; return ``count`` float32 observations, the first ones."""
-    env, observations = make_environment(trained.env), []
+    env, act, observations = make_environment(trained.env), exact_policy(trained, "float32"), []
     observation, _ = env.reset(seed=trained.seed)
     while len(observations) < count:
         observations.append(observation.astype(np.float32))
-        action = evaluate_exactly(trained, observations[-1][None], "float32")[0]
+        action = act(observations[-1][None])[0]
         observation, _, terminated, truncated, _ = env.step(action.astype(np.float32))
         if terminated or truncated:
             observation, _ = env.reset()
@@ -185,7 +186,7 @@ static inline void policy_layer_{number}(const float *input, float *output)
 def c_check(trained: Policy, weights: str) -> str:
     """Return what checks a policy on the device: observations spread over an episode, their actions, a function."""
     observations = observe(trained, 1000)[::63]
-    actions = evaluate_exactly(trained, observations, weights).astype(np.float32)
+    actions = exact_policy(trained, weights)(observations).astype(np.float32)
     return f"""
 #ifdef POLICY_CHECK
 #define POLICY_CHECKS {len(observations)}
@@ -253,6 +254,7 @@ static inline void policy_act(const float observation[POLICY_OBSERVATIONS], floa
 
 def export(args: Arguments) -> None:
     """Write the header. Raises InputError where there is nothing to write, or nowhere."""
+    torch.set_num_threads(1)  # on busy cores, several threads wait for each other far longer than they compute
     trained = read_run(args.run_directory)
     require_fit(trained)
     text = c_header(trained, args.weights)

@@ -70,7 +70,7 @@ def test_float32_is_as_near_to_the_exact_action_as_torch_is(trained, observation
     act = measure_c.compiled_act(tmp_path, 6, compiler)
     load = dst_td3.load_policy(TRAINED / "policy.npz", "HalfCheetah-v4")
     ours, torchs = (np.array([function(o) for o in observations]) for function in (act, load))
-    exact = export_c.evaluate_exactly(trained, observations, "float32")
+    exact = export_c.exact_policy(trained, "float32")(observations)
     assert np.abs(ours - torchs).max() < 1e-4
     assert np.abs(exact).max() > 0.9 and np.abs(exact).min() < 0.1, "the policy does something"
     our_error, torchs_error = (np.sqrt(np.square(actions - exact).mean()) for actions in (ours, torchs))
@@ -81,9 +81,9 @@ def test_float32_is_as_near_to_the_exact_action_as_torch_is(trained, observation
 def test_int8_is_what_its_rounded_weights_say(trained, observations, tmp_path, compiler):
     measure_c.write_ours(tmp_path, trained, "int8")
     act = measure_c.compiled_act(tmp_path, 6, compiler)
-    exact = export_c.evaluate_exactly(trained, observations, "int8")
+    exact = export_c.exact_policy(trained, "int8")(observations)
     assert np.abs(np.array([act(o) for o in observations]) - exact).max() < 1e-4
-    assert np.abs(exact - export_c.evaluate_exactly(trained, observations, "float32")).max() > 1e-3
+    assert np.abs(exact - export_c.exact_policy(trained, "float32")(observations)).max() > 1e-3
 
 
 def test_int8_is_symmetric_with_a_scale_for_each_output_unit():
@@ -118,7 +118,7 @@ def test_wide_layers_take_two_bytes_an_index_and_full_layers_none(tmp_path):
     assert policy.layers[2].mask.all()
     measure_c.write_ours(tmp_path, policy, "float32")
     act, observation = measure_c.compiled_act(tmp_path, 6), np.random.default_rng(0).normal(size=17)
-    exact = export_c.evaluate_exactly(policy, observation.astype(np.float32)[None], "float32")[0]
+    exact = export_c.exact_policy(policy, "float32")(observation.astype(np.float32)[None])[0]
     assert act(observation) == pytest.approx(exact, abs=1e-6)
 
 
@@ -128,7 +128,7 @@ def test_bounds_and_any_number_of_layers(tmp_path):
     policy = export_c.read_run(run)._replace(low=np.float32([-3]), high=np.float32([1]))
     measure_c.write_ours(tmp_path, policy, "float32")
     act, observation = measure_c.compiled_act(tmp_path, 1), np.float32([1, -1, 5])
-    exact = export_c.evaluate_exactly(policy, observation[None], "float32")[0]
+    exact = export_c.exact_policy(policy, "float32")(observation[None])[0]
     assert act(observation) == pytest.approx(exact, abs=1e-6)
     assert -3 < exact[0] < 1
 
