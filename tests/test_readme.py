@@ -98,7 +98,7 @@ def test_the_table_of_speeds_has_the_return_of_every_agent_that_was_trained(row)
         return [json.loads(path.read_text())["final_return"] for path in paths]
 
     method, size, *recipe = row["agent"].split(", ")
-    folders = {"sparsity 0.5": "", "compiled here": "", "width 77": "_hidden=77,77"}  # 0.5: the paper's lambda here
+    folders = {"compiled here": "", "width 77": "_hidden=77,77"}
     variant = method.lower() + folders.get(size, "_" + size.replace(" ", "="))
     options = ADAPTING_RECIPE if method == "DS-TD3" else RECIPE
     ours = final_returns(variant + f"_{options}" * len(recipe))
