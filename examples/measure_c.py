@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Annotated, NamedTuple
 
 import numpy as np
+import torch
 import tyro
 from export_c import Policy, c_array, c_header, observe, read_run, require_fit
 
@@ -201,6 +202,7 @@ def rows(trained: Policy, episodes: int) -> list[str]:
 
 def print_table(args: Arguments) -> None:
     """Measure the policies and print the table. Raises InputError where a tool or a policy is missing, and RunError."""
+    torch.set_num_threads(1)  # as export_c.py does
     if missing := [tool for tool in TOOLS if shutil.which(tool) is None]:
         raise InputError(
             f"{', '.join(missing)} not found: on Debian, apt install gcc gcc-arm-none-eabi "
