@@ -136,7 +136,9 @@ class Arguments:
 
     def _require(self, condition: bool, name: str, expected: str) -> None:
         if not condition:
-            raise InputError(f"--{name.replace('_', '-')} must be {expected}, not {getattr(self, name)}")
+            value = getattr(self, name)
+            given = " ".join(map(str, value)) if isinstance(value, tuple) else value
+            raise InputError(f"--{name.replace('_', '-')} must be {expected}, not {given}")
 
     def validate(self) -> None:
         """Raise InputError for the first argument that no run can use."""
@@ -865,17 +867,25 @@ class RunDirectory:
     @staticmethod
     def _stored(args: Arguments) -> dict:
         values = {k: v for k, v in dataclasses.asdict(args).items() if k not in args.PRESENTATION}
-        if args.initial_policy is not None and args.initial_policy.is_file():  # what counts is its content
-            values["initial_policy"] = f"{args.initial_policy.name} {zlib.crc32(args.initial_policy.read_bytes()):x}"
+        if args.initial_policy is not None:
+            with suppress(OSError):  # what counts is its content; where that cannot be read, making the run fails
+                content = zlib.crc32(args.initial_policy.read_bytes())
+                values["initial_policy"] = f"{args.initial_policy.name} {content:x}"
         return json.loads(json.dumps(values, default=str))
 
     def begun_with(self) -> dict:
         """Return the arguments of the run that is here, if any; those added since are at their defaults."""
-        return self.defaults | read_json(self.config, "arguments") if self.config.exists() else {}
+        try:
+            return self.defaults | read_json(self.config, "arguments") if self.config.exists() else {}
+        except PermissionError as error:
+            raise InputError(f"cannot use {self.path}: {error.strerror}") from error
 
-    def require_same_arguments(self) -> None:
-        """Raise InputError where a run that was begun with other arguments is here."""
+    def require_usable(self) -> None:
+        """Raise InputError where nothing can be written, or a run that was begun with other arguments is here."""
         begun, ours = self.begun_with(), self.arguments
+        there = next(path for path in (self.path, *self.path.parents) if path.exists())
+        if not (there.is_dir() and os.access(there, os.W_OK)):
+            raise InputError(f"cannot use {self.path}: {there} is no folder that can be written")
         if differing := [name for name in begun if begun[name] != ours.get(name)]:
             pairs = ", ".join(f"{name} {begun[name]} there and {ours.get(name)} here" for name in differing)
             raise InputError(f"{self.path} has a run with other arguments ({pairs}): choose another --results-dir")
@@ -894,7 +904,7 @@ class RunDirectory:
                 raise InputError(f"cannot use {self.path}: {error.strerror}") from error
             if not self.config.exists():
                 write_json(self.config, {"id": os.urandom(4).hex(), "arguments": self.arguments, **provenance()})
-            self.require_same_arguments()
+            self.require_usable()
             self.id = json.loads(self.config.read_text()).get("id")
             yield
 
@@ -939,10 +949,10 @@ class Run:
         actor_sizes, critic_sizes = network_sizes(self.env, args)
         actor, critics = initial_layers(*actor_sizes, self.rng), initial_layers(*critic_sizes, self.rng, networks=(2,))
         self.costs = count_costs(self.env, args)
-        self.agent = args.agent_class()(actor, critics, self.bounds, args)
         self.buffer = ReplayBuffer(min(args.buffer_size, args.total_timesteps), observations, actions.shape[0])
         self.written, self.written_crc = 0, 0  # transitions on disk, and their checksum
         self.initial_policy = load_policy(args.initial_policy, args.env) if args.initial_policy else None
+        self.agent = args.agent_class()(actor, critics, self.bounds, args)  # last: this may compile for minutes
         self.step, self.saved_step = 0, 0
         self.tables: dict[str, list[dict]] = {"evaluations": [], "timing": [], "topology": []}
         self.seconds = {"training": 0.0, "evaluation": 0.0}
@@ -1154,7 +1164,7 @@ def train(args: Arguments) -> int:
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)  # what decays towards zero becomes denormal, which slows a CPU many times over
     directory = RunDirectory(args)
-    directory.require_same_arguments()
+    directory.require_usable()
     # Making a run may compile, for minutes: one that is finished, or another's, need not. Only the lock makes it sure.
     run = None if directory.finished else Run(args, directory)
     with directory.opened():

@@ -3,10 +3,12 @@
 import dataclasses
 import itertools
 import json
+import os
 import resource
 import shutil
 import signal
 import subprocess
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import gymnasium
@@ -355,7 +357,7 @@ THE_PAPERS = "(the paper's are HalfCheetah-v4, Hopper-v4, Walker2d-v4, Ant-v4, H
         ("--threads 0", "--threads must be"),
         ("--seed -1", "--seed must be"),
         ("--device tpu", "--device"),
-        ("--snapshot-at 2000000", "--snapshot-at must be steps of the run, 1 to 1000000"),
+        ("--snapshot-at 5 2000000", "--snapshot-at must be steps of the run, 1 to 1000000, not 5 2000000"),
         ("--snapshot-at 0", "--snapshot-at must be"),
         ("--buffer-size 99999999999999999 --total-timesteps 99999999999999999", "more than this machine's memory"),
         ("--initial-policy nowhere.npz", "nowhere.npz is no policy"),
@@ -502,9 +504,29 @@ def test_a_folder_in_use_is_refused(command_line, tmp_path):
     assert code == 2 and "another process" in error
 
 
-def test_an_unusable_results_folder_is_refused(command_line, tmp_path):
-    (tmp_path / "file").write_text("")
-    code, _, error = command_line(*SHORT, "--results-dir", tmp_path / "file")
+@contextmanager
+def without_rights(folder: Path):
+    """Take from this process, be it root's, the right to enter a folder."""
+    user = os.geteuid()
+    folder.chmod(0)
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+        folder.chmod(0o700)
+
+
+@pytest.mark.parametrize("why", ["a file", "no right to write", "no right to enter"])
+def test_an_unusable_results_folder_is_refused_at_once(command_line, monkeypatch, tmp_path, why):
+    monkeypatch.setattr(dst_td3, "Run", None)  # making one may compile for minutes
+    results = tmp_path / "results"
+    results.write_text("") if why == "a file" else results.mkdir()
+    if why == "no right to write":
+        monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)  # as root may write everywhere
+    with without_rights(results) if why == "no right to enter" else nullcontext():
+        code, _, error = command_line(*SHORT, "--results-dir", results)
     assert code == 2 and "cannot use" in error and error.count("\n") == 1
 
 
