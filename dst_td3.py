@@ -880,12 +880,15 @@ class RunDirectory:
         except PermissionError as error:
             raise InputError(f"cannot use {self.path}: {error.strerror}") from error
 
-    def require_usable(self) -> None:
-        """Raise InputError where nothing can be written, or a run that was begun with other arguments is here."""
-        begun, ours = self.begun_with(), self.arguments
+    def require_writable(self) -> None:
+        """Raise InputError where the directory cannot be written, or made."""
         there = next(path for path in (self.path, *self.path.parents) if path.exists())
         if not (there.is_dir() and os.access(there, os.W_OK)):
             raise InputError(f"cannot use {self.path}: {there} is no folder that can be written")
+
+    def require_same_arguments(self) -> None:
+        """Raise InputError where a run that was begun with other arguments is here."""
+        begun, ours = self.begun_with(), self.arguments
         if differing := [name for name in begun if begun[name] != ours.get(name)]:
             pairs = ", ".join(f"{name} {begun[name]} there and {ours.get(name)} here" for name in differing)
             raise InputError(f"{self.path} has a run with other arguments ({pairs}): choose another --results-dir")
@@ -904,7 +907,7 @@ class RunDirectory:
                 raise InputError(f"cannot use {self.path}: {error.strerror}") from error
             if not self.config.exists():
                 write_json(self.config, {"id": os.urandom(4).hex(), "arguments": self.arguments, **provenance()})
-            self.require_usable()
+            self.require_same_arguments()
             self.id = json.loads(self.config.read_text()).get("id")
             yield
 
@@ -1164,7 +1167,8 @@ def train(args: Arguments) -> int:
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)  # what decays towards zero becomes denormal, which slows a CPU many times over
     directory = RunDirectory(args)
-    directory.require_usable()
+    directory.require_same_arguments()
+    directory.require_writable()
     # Making a run may compile, for minutes: one that is finished, or another's, need not. Only the lock makes it sure.
     run = None if directory.finished else Run(args, directory)
     with directory.opened():
