@@ -246,8 +246,10 @@ def smoothed(written: dict, env: str, variant: str, seeds: Iterable[int] = range
     return [statistics.mean(mean[max(0, i - 9) : i + 1]) for i in range(len(mean))]
 
 
-def steps_to_dense(written: dict, env: str, variant: str, seeds: Iterable[int] = range(5)) -> int | None:
-    target = statistics.mean(statistics.mean(written[env, "td3", seed][-10:]) for seed in range(5))
+def steps_to_dense(
+    written: dict, env: str, variant: str, seeds: Iterable[int] = range(5), dense_seeds: Iterable[int] = range(5)
+) -> int | None:
+    target = statistics.mean(statistics.mean(written[env, "td3", seed][-10:]) for seed in dense_seeds)
     curve = smoothed(written, env, variant, seeds)
     return next((5000 * i for i, value in enumerate(curve) if value >= target - 1e-6), None)
 
@@ -262,6 +264,32 @@ def test_steps_to_reach_dense_td3s_final_return(whole):
         assert row["than TD3's own first time there"] == f"{1 - step / own:.0%}"
         never = row_of(tables["steps_to_dense"], environment=env, method="Static-TD3")
         assert never["reached at step"] == "not reached"
+
+
+def test_steps_to_reach_the_final_return_of_td3s_same_seed(whole):
+    tables, written = whole
+    for env, method in itertools.product(ENVIRONMENTS, METHODS):
+        expected = []
+        for seed in range(5):
+            ours, dense = (steps_to_dense(written, env, variant, [seed], [seed]) for variant in (method, "td3"))
+            expected.append("not reached" if ours is None else f"{1 - ours / dense:.0%}")
+        row = row_of(tables["steps_to_dense"], environment=env, method=METHODS[method])
+        assert row["seed by seed"] == ", ".join(expected)
+
+
+def test_methods_are_held_against_each_other(whole):
+    tables, written = whole
+    areas = {key: sum(returns) / 1e6 for key, returns in written.items()}
+    final = {key: statistics.mean(returns[-10:]) for key, returns in written.items()}
+    for measure, values, papers in (("return", final, (1.64, 1.26)), ("LCA", areas, (1.14, 1.19))):
+        of = {(e, m): statistics.mean(values[e, m, seed] for seed in range(5)) for e in FOUR for m in METHODS}
+        quotients = {env: of[env, "ds-td3"] / of[env, "td3"] for env in FOUR}
+        groups = {"Hopper-v4": quotients["Hopper-v4"], "mean of the four": statistics.mean(quotients.values())}
+        for (group, expected), paper in zip(groups.items(), papers, strict=True):
+            cell = row_of(tables["methods"], environment=group, of=measure)["DS-TD3 over TD3"]
+            value, low, high, published = map(float, cell.translate(str.maketrans("[],()", "     ")).split())
+            assert (value, published) == (pytest.approx(expected, abs=0.0051), paper)
+            assert low < value < high
 
 
 def test_the_papers_claims_get_a_verdict(whole):
@@ -425,6 +453,9 @@ def test_partial_results_are_used_and_named(tmp_path):
 
     tables = execute(tmp_path)
     assert all(row["verdict"].startswith("open: ") for row in tables["claims"])
+    ratio = statistics.mean(statistics.mean(returns[-10:]) for returns in short) / statistics.mean(one[-10:])
+    cells = row_of(tables["methods"], environment="Hopper-v4", of="return")
+    assert cells["DS-TD3 over TD3"] == f"{ratio:.2f} (1.64)" and cells["DS-TD3 over Static-TD3"] == "- (1.00)"
     dense = row_of(tables["table2_return"], environment="Hopper-v4", method="TD3")
     assert dense["ours"] == f"{statistics.mean(one[-10:]):,.1f}"
     assert (dense["seeds"], dense["steps"], dense["remark"]) == ("1", "1,000,000", "4 of 5 seeds missing")

@@ -106,6 +106,9 @@ def test_the_table_of_speeds_has_the_return_of_every_agent_that_was_trained(row)
     assert row["return over dense"] == ratio.replace("1.00x", "1")
 
 
-def test_the_table_of_high_sparsity_is_the_notebooks():
-    notebooks = (ROOT / "results" / "tables" / "high_sparsity.md").read_text()
-    assert notebooks[notebooks.index("| setting |") :].strip() in README
+@pytest.mark.parametrize(
+    ("table", "head"), [("methods", "| environment |"), ("claims", "| claim |"), ("high_sparsity", "| setting |")]
+)
+def test_its_tables_of_returns_are_the_notebooks(table, head):
+    notebooks = (ROOT / "results" / "tables" / f"{table}.md").read_text()
+    assert notebooks[notebooks.index(head) :].strip() in README
