@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ADAPTING_RECIPE, FIGURES, FOUR, RECIPE, read_table
+from scipy import stats
 
 import dst_td3
 
@@ -290,6 +291,17 @@ def test_methods_are_held_against_each_other(whole):
             value, low, high, published = map(float, cell.translate(str.maketrans("[],()", "     ")).split())
             assert (value, published) == (pytest.approx(expected, abs=0.0051), paper)
             assert low < value < high
+
+
+def test_an_interval_is_welchs(whole):
+    tables, written = whole
+    ours, theirs = ([sum(written["Ant-v4", m, seed]) / 1e6 for seed in range(5)] for m in ("ds-td3", "static-td3"))
+    x, y = statistics.mean(ours), statistics.mean(theirs)
+    variances = statistics.variance(ours) / 5 / y**2, statistics.variance(theirs) / 5 * x**2 / y**4
+    freedom = sum(variances) ** 2 / sum(v**2 / 4 for v in variances)
+    margin = stats.t(freedom).ppf(0.975) * math.sqrt(sum(variances))
+    cell = row_of(tables["methods"], environment="Ant-v4", of="LCA")["DS-TD3 over Static-TD3"]
+    assert cell == f"{x / y:.2f} [{x / y - margin:.2f}, {x / y + margin:.2f}] (1.14)"
 
 
 def test_the_papers_claims_get_a_verdict(whole):
