@@ -194,6 +194,10 @@ def row_of(table: list[dict[str, str]], **cells: str) -> dict[str, str]:
     return row
 
 
+def final_returns(written: dict) -> dict[tuple[str, str, int], float]:
+    return {key: statistics.mean(returns[-10:]) for key, returns in written.items()}
+
+
 def pair(values: list[float], digits: int) -> str:
     return f"{statistics.mean(values):,.{digits}f} ± {statistics.stdev(values):,.{digits}f}"
 
@@ -281,8 +285,7 @@ def test_steps_to_reach_the_final_return_of_td3s_same_seed(whole):
 def test_methods_are_held_against_each_other(whole):
     tables, written = whole
     areas = {key: sum(returns) / 1e6 for key, returns in written.items()}
-    final = {key: statistics.mean(returns[-10:]) for key, returns in written.items()}
-    for measure, values, papers in (("return", final, (1.64, 1.26)), ("LCA", areas, (1.14, 1.19))):
+    for measure, values, papers in (("return", final_returns(written), (1.64, 1.26)), ("LCA", areas, (1.14, 1.19))):
         of = {(e, m): statistics.mean(values[e, m, seed] for seed in range(5)) for e in FOUR for m in METHODS}
         quotients = {env: of[env, "ds-td3"] / of[env, "td3"] for env in FOUR}
         groups = {"Hopper-v4": quotients["Hopper-v4"], "mean of the four": statistics.mean(quotients.values())}
@@ -315,7 +318,7 @@ def test_the_papers_claims_get_a_verdict(whole):
         "80 % sparsity fails": "**refuted in our runs**",  # the curves made up are all alike
         "Learned first samples help DS-TD3": "**refuted in our runs**",
     }
-    final = {key: statistics.mean(returns[-10:]) for key, returns in written.items()}
+    final = final_returns(written)
     mean = {(e, m): statistics.mean(final[e, m, seed] for seed in range(5)) for e in ENVIRONMENTS for m in METHODS}
     gain = statistics.mean(mean[env, "ds-td3"] / mean[env, "td3"] - 1 for env in ENVIRONMENTS)
     assert row_of(tables["claims"], claim="DS-TD3 ends above TD3")["figure"].startswith(f"{gain:.2f} [")
@@ -323,7 +326,7 @@ def test_the_papers_claims_get_a_verdict(whole):
 
 def test_aggregates_over_environments(whole):
     tables, written = whole
-    final = {key: statistics.mean(returns[-10:]) for key, returns in written.items()}
+    final = final_returns(written)
     dense = {env: statistics.mean(final[env, "td3", seed] for seed in range(5)) for env in ENVIRONMENTS}
     for method, name in METHODS.items():
         row = row_of(tables["aggregate"], method=name)
@@ -351,7 +354,7 @@ def test_aggregates_over_environments(whole):
 
 def test_high_sparsity_is_held_against_dense(whole):
     tables, written = whole
-    final = {key: statistics.mean(returns[-10:]) for key, returns in written.items()}
+    final = final_returns(written)
     variant = f"ds-td3_sparsity=0.95_{ADAPTING_RECIPE}"
     row = row_of(tables["high_sparsity"], setting="DS-TD3, 0.95, recipe")
     quotients = []
