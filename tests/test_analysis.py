@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -307,6 +308,18 @@ def test_an_interval_is_welchs(whole):
     assert cell == f"{x / y:.2f} [{x / y - margin:.2f}, {x / y + margin:.2f}] (1.14)"
 
 
+@pytest.mark.parametrize(("measure", "digits"), [("return", 0), ("LCA", 3)])
+def test_a_difference_is_that_of_welchs_test(whole, measure, digits):
+    tables, written = whole
+    values = final_returns(written) if measure == "return" else {k: sum(v) / 1e6 for k, v in written.items()}
+    ours, theirs = ([values["Walker2d-v4", m, seed] for seed in range(5)] for m in ("static-td3", "td3"))
+    test = stats.ttest_ind(ours, theirs, equal_var=False)
+    expected = (statistics.mean(ours) - statistics.mean(theirs), *test.confidence_interval(0.95))
+    cell = row_of(tables["differences"], environment="Walker2d-v4", of=measure)["Static-TD3 less TD3"]
+    numbers = [float(number) for number in re.findall(r"-?[\d.]+", cell.replace(",", ""))]
+    assert numbers == pytest.approx(expected, abs=0.51 * 10**-digits)
+
+
 def test_the_papers_claims_get_a_verdict(whole):
     tables, written = whole
     verdicts = {row["claim"]: row["verdict"] for row in tables["claims"]}
@@ -320,6 +333,8 @@ def test_the_papers_claims_get_a_verdict(whole):
     }
     final = final_returns(written)
     mean = {(e, m): statistics.mean(final[e, m, seed] for seed in range(5)) for e in ENVIRONMENTS for m in METHODS}
+    drawn = row_of(tables["claims"], claim="DS-TD3 ends above TD3")["by the bootstrap"]
+    assert re.fullmatch(r"confirmed \[0\.\d\d, 0\.\d\d\]", drawn)
     gain = statistics.mean(mean[env, "ds-td3"] / mean[env, "td3"] - 1 for env in ENVIRONMENTS)
     assert row_of(tables["claims"], claim="DS-TD3 ends above TD3")["figure"].startswith(f"{gain:.2f} [")
 
@@ -468,6 +483,7 @@ def test_partial_results_are_used_and_named(tmp_path):
 
     tables = execute(tmp_path)
     assert all(row["verdict"].startswith("open: ") for row in tables["claims"])
+    assert {row["DS-TD3 less TD3"] for row in tables["differences"]} == {"-"}
     ratio = statistics.mean(statistics.mean(returns[-10:]) for returns in short) / statistics.mean(one[-10:])
     cells = row_of(tables["methods"], environment="Hopper-v4", of="return")
     assert cells["DS-TD3 over TD3"] == f"{ratio:.2f} (1.64)" and cells["DS-TD3 over Static-TD3"] == "- (1.00)"
