@@ -91,7 +91,8 @@ class Arguments:
     checkpoint_interval: int = 10_000  # steps between two checkpoints; a stopped run also writes one
     engine: Literal["auto", "masked", "sparse"] = "auto"
     """masked: matrices times 0/1 masks in torch; sparse: connections alone (CPU); auto: as begun, sparse if it can"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: as begun, at first a GPU where there is one
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: as begun, at first the CPU for the sparse engine, and for the masked one a GPU where there is one"""
     threads: int = 1  # CPU threads of the run; the sparse engine trains each critic in one of its own
     snapshot_at: tuple[int, ...] = ()  # steps at which the policy so far is also kept, as policy-STEP.npz
     results_dir: Path = Path("results")  # where run directories are made: RESULTS_DIR/ENV/VARIANT/seedN
@@ -132,7 +133,7 @@ class Arguments:
     def sparse_engine_fits(self) -> bool:
         """Whether the sparse engine is there and can train this agent."""
         needed = map(importlib.util.find_spec, (*self.ENGINE_MODULES, "numba", "scipy", "threadpoolctl"))
-        return all(needed) and self.device == "cpu" and not self.dense_moments
+        return all(needed) and self.device != "cuda" and not self.dense_moments
 
     def _require(self, condition: bool, name: str, expected: str) -> None:
         if not condition:
@@ -198,10 +199,11 @@ def resolve(args: Arguments) -> Arguments:
     """Fill in all that is left open, engine and device as the run was begun. Raises InputError when that is damaged."""
     args = with_topology(args)
     begun = RunDirectory(args).begun_with()
-    if args.device == "auto":
-        args = dataclasses.replace(args, device=begun.get("device", "cuda" if torch.cuda.is_available() else "cpu"))
     if args.engine == "auto":
         args = dataclasses.replace(args, engine=begun.get("engine", "sparse" if args.sparse_engine_fits else "masked"))
+    if args.device == "auto":
+        gpu = args.engine == "masked" and torch.cuda.is_available()
+        args = dataclasses.replace(args, device=begun.get("device", "cuda" if gpu else "cpu"))
     return args
 
 

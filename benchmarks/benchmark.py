@@ -7,6 +7,7 @@ machine's speed drifts, and a ratio within one repeat does not. `make benchmark`
 """
 
 import functools
+import itertools
 import json
 import os
 import platform
@@ -64,7 +65,7 @@ class Options:
     core: int | None = None
     """the core to run on, else the last one this process may use"""
     only: tuple[str, ...] = ()
-    """parts to run: updates, end_to_end, sac, step, inference, memory, kernels, threads; all where none is given"""
+    """parts to run: updates, end_to_end, sac, step, inference, memory, kernels, threads, gpu; all if none is given"""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -72,11 +73,11 @@ class Options:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def make_agent(engine: str, width: int = 256, sparsity: float | None = None, threads: int = 1):
+def make_agent(engine: str, width: int = 256, sparsity: float | None = None, threads: int = 1, device: str = "cpu"):
     """Make an agent of HalfCheetah's sizes; without ``sparsity`` a dense one."""
     method = "td3" if sparsity is None else "ds-td3"
     args = dst_td3.Arguments(
-        method=method, sparsity=sparsity, hidden=(width, width), engine=engine, device="cpu", threads=threads
+        method=method, sparsity=sparsity, hidden=(width, width), engine=engine, device=device, threads=threads
     )
     rng = np.random.default_rng(0)
     actor, critic = [OBSERVATIONS, width, width, ACTIONS], [OBSERVATIONS + ACTIONS, width, width, 1]
@@ -105,6 +106,8 @@ class Learner:
         for _ in range(updates):
             self.step += 1
             self.agent.learn(self.buffer, self.step, self.rng)
+        if self.agent.args.device == "cuda":
+            torch.cuda.synchronize()
         return (time.perf_counter() - started) / updates * 1e6
 
 
@@ -537,6 +540,38 @@ def threads(options: Options) -> str:
     return "## A second thread, microseconds per update\n\n" + markdown(table)
 
 
+def gpu(options: Options) -> str:
+    """Updates and training steps a second of torch's matrices and masks on a GPU, and of our engine on one core."""
+    if not torch.cuda.is_available():
+        leave_out("gpu", "torch has no GPU to use here")
+        return ""
+    on_gpu, on_core = "torch, on the GPU", "compiled, on one core"
+    rows = []
+    for width, sparsities in ((256, (0.5, 0.9)), *((w, (1 - PAPERS_CONNECTIONS / w**2,)) for w in (1024, 2048))):
+        cases = [("TD3", None), *(("DS-TD3", sparsity) for sparsity in sparsities)]
+        blocks = {}
+        for (method, sparsity), (place, engine, device) in itertools.product(
+            cases, ((on_gpu, "masked", "cuda"), (on_core, "sparse", "cpu"))
+        ):
+            learner = Learner(make_agent(engine, width, sparsity, device=device)[0])
+            length = 1000 if sparsity or device == "cuda" else max(10, 300 * 256**2 // width**2)
+            blocks[f"{method}, {place}", width, sparsity or 0.0] = functools.partial(learner.update, length)
+        times = in_turn(blocks, options.repeats)
+        for column, key in enumerate(blocks):
+            micro = times.iloc[:, column]
+            row = dict(zip(("implementation", "width", "sparsity"), key, strict=True))
+            row |= {"updates_per_second": 1e6 / micro.median(), "microseconds": micro.median()}
+            rows.append({**row, "speedup_over_dense_on_the_gpu": (times.iloc[:, 0] / micro).median()})
+    table = pd.DataFrame(rows)
+    table.round(3).to_csv(options.results_dir / "gpu_updates.csv", index=False)
+    methods = {"td3": ("--method", "td3"), **{f"ds-td3, sparsity {s}": ("--sparsity", str(s)) for s in (0.5, 0.9)}}
+    places = {on_gpu: ("--engine", "masked", "--device", "cuda"), on_core: ("--engine", "sparse")}
+    ours = {f"{m}, {p}": (*methods[m], *places[p]) for m, p in itertools.product(methods, places)}
+    steps = train_in_turn(options, "td3", ours)
+    steps.round(3).to_csv(options.results_dir / "gpu_steps.csv", index=False)
+    return f"## A GPU, and one core beside it\n\n{markdown(table)}\n\n{markdown(steps)}"
+
+
 def measure_alone(what: str, *arguments: object):
     """Return what ``alone`` measures in a process of its own, on all cores this one was given."""
     command = [sys.executable, __file__, "--alone", what, *map(str, arguments)]
@@ -598,10 +633,11 @@ def machine() -> str:
         caches.append(f"L{level} {kind.lower()} {size}")
     model = f"{fields.get('model name')} (family {fields.get('cpu family')}, model {fields.get('model')})"
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, numba {sparse_engine.numba.__version__}"
-    return f"{model}, {' '.join(vector)}; {', '.join(caches)}; {os.cpu_count()} cores; {versions}"
+    gpus = f"{torch.cuda.get_device_name()}; " if torch.cuda.is_available() else ""
+    return f"{model}, {' '.join(vector)}; {', '.join(caches)}; {os.cpu_count()} cores; {gpus}{versions}"
 
 
-PARTS = {part.__name__: part for part in (updates, end_to_end, sac, step, inference, memory, kernels, threads)}
+PARTS = {part.__name__: part for part in (updates, end_to_end, sac, step, inference, memory, kernels, threads, gpu)}
 ALLOWED = os.sched_getaffinity(0)
 
 
@@ -628,7 +664,7 @@ def main() -> None:
         if not options.only or name in options.only:
             print(f"measuring {name} ...", file=sys.stderr, flush=True)
             report.append(part(options))
-    text = "\n\n".join(report) + "\n"
+    text = "\n\n".join(filter(None, report)) + "\n"
     print(text)
     if not options.only:
         (options.results_dir / "README.md").write_text(text)

@@ -159,7 +159,7 @@ def train_ours(another: Callable[[], bool], program: str, arguments: list[str]) 
 
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    arguments = [*arguments, "--device", "cpu", "--learning-starts", str(LEARNING_STARTS)]
+    arguments = ["--device", "cpu", "--learning-starts", str(LEARNING_STARTS), *arguments]
     algorithm = dst_sac.SACArguments if program == "dst_sac" else dst_td3.Arguments
     args = dst_td3.resolve(tyro.cli(algorithm, args=arguments))
     run = dst_td3.Run(args, dst_td3.RunDirectory(args))

@@ -370,6 +370,22 @@ def test_bad_input_gets_one_clear_line_and_exit_code_2(command_line, tmp_path, a
     assert_refused(command_line, tmp_path, arguments, expected)
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, ("sparse", "cpu")),
+        ({"method": "td3"}, ("sparse", "cpu")),
+        ({"engine": "masked"}, ("masked", "cuda")),
+        ({"dense_moments": True}, ("masked", "cuda")),
+        ({"device": "cuda"}, ("masked", "cuda")),
+    ],
+)
+def test_auto_leaves_a_gpu_to_the_masked_engine(monkeypatch, tmp_path, given, expected):
+    monkeypatch.setattr(dst_td3.torch.cuda, "is_available", lambda: True)
+    args = dst_td3.resolve(dst_td3.Arguments(**given, results_dir=tmp_path))
+    assert (args.engine, args.device) == expected
+
+
 def test_a_missing_gpu_is_said(command_line, tmp_path, monkeypatch):
     monkeypatch.setattr(dst_td3.torch.cuda, "is_available", lambda: False)
     code, _, error = command_line("--device", "cuda", "--results-dir", tmp_path)
