@@ -118,6 +118,16 @@ def in_turn(blocks: dict[str, Callable[[], float]], repeats: int) -> pd.DataFram
     return pd.DataFrame([{name: block() for name, block in blocks.items()} for _ in range(repeats)])
 
 
+def equal_sparsity(width):
+    """Return the sparsity at which a middle layer of a width, or of many, has as many connections as the paper's."""
+    return 1 - PAPERS_CONNECTIONS / width**2
+
+
+def dense_block(width: int) -> int:
+    """Return how many updates a dense agent of a width makes on a core in about a second."""
+    return max(4, 300 * 256**2 // width**2)
+
+
 def state_bytes(agent) -> int:
     """Count the bytes of an agent's weights, indices or masks, moments, gradients and targets."""
     networks = (agent.actor, agent.critics)
@@ -162,13 +172,13 @@ def updates(options: Options) -> str:
     rows = []
     for width, sparsities in ((256, (0.25, 0.5, 0.8, 0.9, 0.95)), (512, ()), (1024, ()), (2048, ())):
         # At other widths than the paper's, as many connections in the middle layer as at its width and sparsity 0.5.
-        sparsities = sparsities or (1 - PAPERS_CONNECTIONS / width**2,)
+        sparsities = sparsities or (equal_sparsity(width),)
         cases = [("dense TD3 (torch)", "masked", None)]
         cases += [("DS-TD3, masks (torch)", "masked", sparsity) for sparsity in sparsities if width == 256]
         cases += [("DS-TD3, sparse engine", "sparse", sparsity) for sparsity in sparsities]
         agents = {(name, sparsity): make_agent(engine, width, sparsity) for name, engine, sparsity in cases}
         # A thousand updates hold one adaptation; dense torch, without any, is measured for about a second.
-        lengths = {key: 1000 if "DS-TD3" in key[0] else max(4, 300 * 256**2 // width**2) for key in agents}
+        lengths = {key: 1000 if "DS-TD3" in key[0] else dense_block(width) for key in agents}
         learners = {key: Learner(agent) for key, (agent, _) in agents.items()}
         blocks = {key: functools.partial(learners[key].update, lengths[key]) for key in agents}
         times = in_turn(blocks, options.repeats)
@@ -205,7 +215,7 @@ def plot_growth(table: pd.DataFrame, path: Path) -> None:
     left.plot(at_256.connections, at_256.microseconds, "o-", label="DS-TD3, sparse engine")
     left.axhline(dense[dense.width == 256].microseconds.iloc[0], color="C1", linestyle="--", label="dense TD3 (torch)")
     left.set(xlabel="connections", ylabel="µs per update", title="width 256", xlim=(0, None), ylim=(0, None))
-    equal = sparse[(sparse.sparsity - (1 - PAPERS_CONNECTIONS / sparse.width**2)).abs() < 1e-3]
+    equal = sparse[(sparse.sparsity - equal_sparsity(sparse.width)).abs() < 1e-3]
     right.plot(equal.width, equal.microseconds, "o-", label="DS-TD3, sparse engine, equal connections")
     right.plot(dense.width, dense.microseconds, "s--", label="dense TD3 (torch)")
     right.set(xscale="log", yscale="log", xlabel="width", ylabel="µs per update", title="as many connections")
@@ -547,14 +557,14 @@ def gpu(options: Options) -> str:
         return ""
     on_gpu, on_core = "torch, on the GPU", "compiled, on one core"
     rows = []
-    for width, sparsities in ((256, (0.5, 0.9)), *((w, (1 - PAPERS_CONNECTIONS / w**2,)) for w in (1024, 2048))):
+    for width, sparsities in ((256, (0.5, 0.9)), *((width, (equal_sparsity(width),)) for width in (1024, 2048))):
         cases = [("TD3", None), *(("DS-TD3", sparsity) for sparsity in sparsities)]
         blocks = {}
         for (method, sparsity), (place, engine, device) in itertools.product(
             cases, ((on_gpu, "masked", "cuda"), (on_core, "sparse", "cpu"))
         ):
             learner = Learner(make_agent(engine, width, sparsity, device=device)[0])
-            length = 1000 if sparsity or device == "cuda" else max(10, 300 * 256**2 // width**2)
+            length = 1000 if sparsity or device == "cuda" else dense_block(width)
             blocks[f"{method}, {place}", width, sparsity or 0.0] = functools.partial(learner.update, length)
         times = in_turn(blocks, options.repeats)
         for column, key in enumerate(blocks):

@@ -46,6 +46,9 @@ SHORT = (
 REPEATED = ("evaluations.csv", "topology.csv", "policy.npz")
 
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch has no GPU to use here")
+
+
 @pytest.fixture(autouse=True)
 def process():
     """Undo for the next test what a training sets in this process, and keep torch to one thread on small networks."""

@@ -21,6 +21,7 @@ from conftest import (
     assert_same_bytes,
     finished_run,
     killed_after,
+    needs_gpu,
     rows_of,
     run_directory,
     start_process,
@@ -112,11 +113,18 @@ def test_a_stopped_run_resumes_to_the_same_bytes(command_line, unbroken, tmp_pat
     assert_same_bytes(run_directory(tmp_path), unbroken)
 
 
-@pytest.mark.parametrize("further", ["--engine masked --total-timesteps 1200", "--buffer-size 500"])
+@pytest.mark.parametrize(
+    "further",
+    [
+        "--engine masked --total-timesteps 1200",
+        "--buffer-size 500",
+        pytest.param("--device cuda", marks=needs_gpu),
+    ],
+)
 def test_other_runs_resume_to_the_same_bytes_too(command_line, tmp_path, further):
-    """The other engine, and a buffer smaller than the run."""
+    """The other engine, a buffer smaller than the run, and a GPU."""
     arguments = [*SHORT, *further.split()]
-    command_line(*arguments, "--results-dir", tmp_path / "unbroken")
+    assert command_line(*arguments, "--results-dir", tmp_path / "unbroken")[0] == 0
     with killed_after(700):
         command_line(*arguments, "--results-dir", tmp_path / "stopped")
     assert command_line(*arguments, "--results-dir", tmp_path / "stopped")[0] == 0
