@@ -1,4 +1,4 @@
-"""README.md against the code and the results it speaks of, so that it cannot fall behind them."""
+"""README.md, and the pages it leads to, against the code and the results they speak of, so that none falls behind."""
 
 import ast
 import csv
@@ -42,10 +42,18 @@ def test_the_map_links_all_it_names():
     assert not re.findall(r"(?<!\[)`[\w.]+`", code_map.replace("`lambda", ""))
 
 
-def test_every_file_it_points_to_exists():
-    targets = re.findall(r"\]\(([^)#]+)", README) + re.findall(r'src="([^"]+)"', README)
-    assert len(targets) > 10
-    assert [target for target in targets if not (ROOT / target).exists()] == []
+@pytest.mark.parametrize("page", ["README.md", "results/README.md", "results/findings.md", "results/high-sparsity.md"])
+def test_every_file_and_heading_a_page_points_to_exists(page):
+    text = (ROOT / page).read_text()
+    targets = re.findall(r"\]\(([^)]+)\)", text) + re.findall(r'src="([^"]+)"', text)
+    assert targets
+    for target in targets:
+        path, _, heading = target.partition("#")
+        file = (ROOT / page).parent / path if path else ROOT / page
+        assert file.exists(), target
+        if heading and file.suffix == ".md":
+            titles = re.findall(r"^#+ (.*)", file.read_text(), flags=re.MULTILINE)
+            assert heading in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}, target
 
 
 def test_its_python_runs(monkeypatch):
@@ -109,8 +117,13 @@ def test_the_table_of_speeds_has_the_return_of_every_agent_that_was_trained(row)
 
 
 @pytest.mark.parametrize(
-    ("table", "head"), [("methods", "| environment |"), ("claims", "| claim |"), ("high_sparsity", "| setting |")]
+    ("page", "table", "head"),
+    [
+        ("README.md", "claims", "| claim |"),
+        ("README.md", "high_sparsity", "| setting |"),
+        ("results/findings.md", "methods", "| environment |"),
+    ],
 )
-def test_its_tables_of_returns_are_the_notebooks(table, head):
+def test_tables_of_returns_are_the_notebooks(page, table, head):
     notebooks = (ROOT / "results" / "tables" / f"{table}.md").read_text()
-    assert notebooks[notebooks.index(head) :].strip() in README
+    assert notebooks[notebooks.index(head) :].strip() in (ROOT / page).read_text()
