@@ -67,7 +67,8 @@ class Arguments:
     adapt_until: float = 0.95  # fraction of the run after which the topology stays as it is
     drop_by: Literal["magnitude", "contribution"] = "magnitude"
     """drop the smallest weights, as the paper, or the smallest products of weight and its input's standard deviation"""
-    dense_moments: bool = False  # as the authors' code: empty positions have moments too, and what grows keeps its step
+    dense_moments: bool = False
+    """as the authors' code: empty positions have moments too, and what grows keeps its step (masked engine alone)"""
     recycle_dormant: bool = False  # also draw hidden units anew that have died, when an adaptation is due
 
     seed: int = 0  # seed of everything random in the run; evaluations use seed + 100
@@ -175,7 +176,8 @@ class Arguments:
     def agent_class(self) -> type["TD3"]:
         """Return the class of agent to train. Raises InputError where machine or arguments do not allow it."""
         if self.device == "cuda" and not torch.cuda.is_available():
-            raise InputError("--device cuda needs a GPU that torch can use, and there is none: choose --device cpu")
+            reason = f"needs a GPU that torch {torch.__version__} can use, and there is none: choose --device cpu"
+            raise InputError(f"--device cuda {reason}")
         if self.engine == "masked":
             return MaskedTD3
         if not self.sparse_engine_fits:
@@ -1123,7 +1125,8 @@ class Progress:
             self.writer = SummaryWriter(directory.path / "tensorboard", purge_step=run.step + 1)
             self.closing.callback(self.writer.close)
         self.shown, self.shown_at = run.step, time.perf_counter()  # at the last line
-        print(f"{args.env} {variant(args)} seed {args.seed}: step {run.step:,} of {args.total_timesteps:,}", flush=True)
+        name = f"{args.env} {variant(args)} seed {args.seed}, {args.engine} engine on {args.device}"
+        print(f"{name}: step {run.step:,} of {args.total_timesteps:,}", flush=True)
         layout = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {rate_fmt} {remaining} left{postfix}"
         options = {"initial": run.step, "unit_scale": True, "bar_format": layout, "disable": None}
         self.bar = self.closing.enter_context(tqdm(total=args.total_timesteps, unit=" steps", **options))
@@ -1140,7 +1143,7 @@ class Progress:
             # Steps before the first update are many times faster, and tell nothing of the time that is left.
             layout = "{rate_fmt}" + "  {remaining} left" * (step > args.learning_starts)
             since = {"elapsed": now - self.shown_at, "initial": self.shown, "unit": " steps", "bar_format": layout}
-            speed = tqdm.format_meter(step, args.total_timesteps, **since)
+            speed = tqdm.format_meter(step, args.total_timesteps, **since) if step > self.shown else ""
             print(f"step {step:>9,}  return {mean:9.1f} +- {std:7.1f}  sparsity {sparsity:.2f}  {speed}", flush=True)
             self.shown, self.shown_at = step, now
 
@@ -1182,7 +1185,7 @@ def train(args: Arguments) -> int:
             print(f"--snapshot-at {late} comes too late: {directory.path} is at step {step:,}")
         if finished:
             directory.remove_working_files()
-            print(f"{directory.path} is finished already: nothing to do")
+            print(f"{directory.path} is finished already: another --seed or --results-dir makes a new run")
             return 0
         stop_signals, progress = remember_stop_signals(), Progress(run)
         try:
