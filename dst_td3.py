@@ -1141,10 +1141,10 @@ class Progress:
         if self.bar.disable:
             now, args = time.perf_counter(), self.run.args
             # Steps before the first update are many times faster, and tell nothing of the time that is left.
-            layout = "{rate_fmt}" + "  {remaining} left" * (step > args.learning_starts)
+            layout = "  {rate_fmt}" + "  {remaining} left" * (step > args.learning_starts)
             since = {"elapsed": now - self.shown_at, "initial": self.shown, "unit": " steps", "bar_format": layout}
             speed = tqdm.format_meter(step, args.total_timesteps, **since) if step > self.shown else ""
-            print(f"step {step:>9,}  return {mean:9.1f} +- {std:7.1f}  sparsity {sparsity:.2f}  {speed}", flush=True)
+            print(f"step {step:>9,}  return {mean:9.1f} +- {std:7.1f}  sparsity {sparsity:.2f}{speed}", flush=True)
             self.shown, self.shown_at = step, now
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -82,6 +83,16 @@ def test_a_run_directory_holds_what_it_should(unbroken):
     assert summary["lca"] == pytest.approx(sum(returns) * 400 / 5000 / 2400)
     assert summary["final_return"] == pytest.approx(np.mean(returns[1:]))  # of seven, the untrained policy's left out
     assert summary["peak_memory_bytes"] > 50e6
+
+
+def test_progress_is_a_line_for_each_evaluation_where_output_is_no_terminal(command_line, unbroken, tmp_path):
+    _, output, _ = command_line(*SHORT, "--results-dir", tmp_path)
+    begin, *lines, _, _ = output.splitlines()
+    assert begin.endswith("seed 0, sparse engine on cpu: step 0 of 2,400")
+    for line, row in zip(lines, rows_of(unbroken / "evaluations.csv"), strict=True):
+        step, mean, std = int(row["step"]), float(row["return_mean"]), float(row["return_std"])
+        speed = "" if step == 0 else r"  +[\d.]+ steps/s" if step <= 400 else r"  +[\d.]+ steps/s  [\d:]+ left"
+        assert re.fullmatch(rf"step +{step:,}  return +{mean:.1f} \+- +{std:.1f}  sparsity 0\.\d\d{speed}", line), line
 
 
 # The same bytes, whatever happens
