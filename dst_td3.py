@@ -652,21 +652,25 @@ class MaskedTD3(TD3):
 
 # --- Environment ------------------------------------------------------------------------------------------------------
 class CheckedEnvironment(gymnasium.Wrapper):
-    """Raises RunError where an environment fails, or where an action, an observation or a reward is not finite."""
+    """Raises RunError where an environment fails, or where an action, an observation or a reward is not finite.
+
+    Arrays are copied both ways: an environment may change the array that it has returned, or the action it was given.
+    """
 
     def reset(self, **options) -> tuple[np.ndarray, dict]:
         """Begin an episode, and return its first observation [observations]."""
-        return self._checked(self.env.reset, **options)
+        observation, information = self._checked(self.env.reset, **options)
+        return np.array(observation), information
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
         """Act, and return observation, reward, terminated, truncated and information."""
         if not math.isfinite(action.sum()):
             raise RunError("the policy's action is not finite (the networks have diverged)")
-        observation, reward, terminated, truncated, information = self._checked(self.env.step, action)
+        observation, reward, terminated, truncated, information = self._checked(self.env.step, action.copy())
         for name, total in (("an observation", observation.sum()), ("a reward", reward)):
             if not math.isfinite(total):
                 raise RunError(f"{self.spec.id} returned {name} that is not finite")
-        return observation, float(reward), bool(terminated), bool(truncated), information
+        return np.array(observation), float(reward), bool(terminated), bool(truncated), information
 
     def _checked(self, function: Callable, *arguments, **options):
         try:
