@@ -42,7 +42,10 @@ def test_the_map_links_all_it_names():
     assert not re.findall(r"(?<!\[)`[\w.]+`", code_map.replace("`lambda", ""))
 
 
-@pytest.mark.parametrize("page", ["README.md", "results/README.md", "results/findings.md", "results/high-sparsity.md"])
+PAGES = ["README.md", *(f"results/{name}.md" for name in ("README", "findings", "high-sparsity", "rules"))]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_every_file_and_heading_a_page_points_to_exists(page):
     text = (ROOT / page).read_text()
     targets = re.findall(r"\]\((?!https:)([^)]+)\)", text) + re.findall(r'src="([^"]+)"', text)
