@@ -2,7 +2,7 @@
 
 What is here is SAC alone (Haarnoja et al., "Soft Actor-Critic", arXiv 1801.01290, and "Soft Actor-Critic Algorithms and
 Applications", arXiv 1812.05905): its arguments, its stochastic actor and its losses. Topology, networks, replay buffer,
-run and command line are imported. ``sparse_sac.py`` computes the same update on connections alone.
+run and command line are imported. ``sparse_engine/sac.py`` computes the same update on connections alone.
 
 What differs from other SACs is the paper's or its TD3's: the temperature is fixed, targets are copies made every 1,000
 updates instead of moving averages, Adam has weight decay, and an update's critics and actor share a batch.
@@ -19,7 +19,18 @@ from numpy.random import Generator
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from dst_td3 import TD3, Arguments, Batch, Layer, MaskedTD3, ReplayBuffer, forward, main, stretch
+from dst_td3 import (
+    TD3,
+    Arguments,
+    Batch,
+    Layer,
+    MaskedEngine,
+    ReplayBuffer,
+    adaptation_due,
+    forward,
+    main,
+    unscale_action,
+)
 
 LOG_STD_MIN, LOG_STD_MAX = -20.0, 2.0  # bounds of the Gaussian's logarithmic deviation, as SAC's authors have them
 
@@ -50,7 +61,6 @@ class SACArguments(Arguments):
     tau: ClassVar = 1.0
     initial_policy: ClassVar = None
 
-    ENGINE_MODULES: ClassVar = ("sparse_engine", "sparse_sac")
     OUTPUTS_PER_ACTION: ClassVar = 2  # mean and logarithmic deviation
     # For Ant-v4 as in TD3: the paper's 30 would be more than a full layer, 9.5 keeps its density on Ant-v3 (0.39).
     PAPER_LAMBDA: ClassVar = {
@@ -67,25 +77,26 @@ class SACArguments(Arguments):
         self._require(0 < self.temperature < math.inf, "temperature", "a positive number")
         self._require(self.target_interval > 0, "target_interval", "a positive whole number")
 
-    def agent_class(self) -> type["SAC"]:
-        """Return the class of agent to train. Raises InputError where machine or arguments do not allow it."""
-        if super().agent_class() is MaskedTD3:
-            return MaskedSAC
-        from sparse_sac import SparseSAC
+    def make_agent(self, actor: list[Layer], critics: list[Layer], bounds: tuple) -> "SAC":
+        """Return the agent to train, on the engine that was asked for."""
+        if self.engine == "masked":
+            return SAC(MaskedSACEngine(actor, critics, bounds, self), bounds, self)
+        from sparse_engine.sac import SparseSACEngine
 
-        return SparseSAC
+        names = ("batch_size", "learning_rate", "weight_decay", "gamma", "tau", "drop_fraction")
+        return SAC(SparseSACEngine(actor, critics, bounds, **{n: getattr(self, n) for n in names}), bounds, self)
 
 
 # --- SAC --------------------------------------------------------------------------------------------------------------
 class SAC(TD3):
-    """Soft actor-critic, as far as both engines share it; theirs add ``outputs``, ``update_critics``, ``update_actor``.
+    """Soft actor-critic on an engine, whose ``outputs`` are the actor's means and logarithmic deviations.
 
-    An action is ``tanh(mean + deviation * noise)``, stretched to its bounds. Probabilities are those of the actions
-    before they are stretched, in [-1, 1] as SAC's authors have them, so that a temperature suits any bounds.
+    An action is ``tanh(mean + deviation * noise)``, scaled to its bounds. Probabilities are those of the actions before
+    that, in [-1, 1] as SAC's authors have them, so that a temperature suits any bounds.
     """
 
-    def __init__(self, network: type, actor: list[Layer], critics: list[Layer], bounds: tuple, args: SACArguments):
-        super().__init__(network, actor, critics, bounds, args)
+    def __init__(self, engine, bounds: tuple[np.ndarray, np.ndarray], args: SACArguments):
+        super().__init__(engine, bounds, args)
         self.actions = len(bounds[0])
         # The temperature's logarithm, its two moments in Adam, and Adam's number of steps.
         self.log_temperature = np.array([math.log(args.temperature), 0.0, 0.0, 0.0])
@@ -97,35 +108,35 @@ class SAC(TD3):
 
     def act(self, observation: np.ndarray) -> np.ndarray:
         """Return the deterministic action [actions], that of the mean, for one observation [observations]."""
-        return self._stretched(self.outputs(observation)[: self.actions])
+        return unscale_action(np.tanh(self.engine.outputs(observation)[: self.actions]), *self.bounds)
 
-    def explore(self, observation: np.ndarray, rng: Generator) -> np.ndarray:
+    def explore(self, observation: np.ndarray, rng: Generator, act: None = None) -> np.ndarray:
         """Draw an action [actions] from the policy."""
-        mean, log_std = np.split(self.outputs(observation), 2)
+        mean, log_std = np.split(self.engine.outputs(observation), 2)
         noise = rng.standard_normal(self.actions, dtype=np.float32)
-        return self._stretched(mean + np.exp(log_std.clip(LOG_STD_MIN, LOG_STD_MAX)) * noise)
-
-    def _stretched(self, unbounded: np.ndarray) -> np.ndarray:
-        return stretch(np.tanh(unbounded), *self.bounds)
+        unbounded = mean + np.exp(log_std.clip(LOG_STD_MIN, LOG_STD_MAX)) * noise
+        return unscale_action(np.tanh(unbounded), *self.bounds)
 
     def learn(self, buffer: ReplayBuffer, step: int, rng: Generator) -> None:
         """Do the learning of one environment step: both updates, with adaptations as in Algorithm 1 of the paper."""
-        updates = self.args.updates_per_step
-        for update in range(updates * (step - 1) + 1, updates * step + 1):
-            batch = self.sample(buffer, rng)
-            size = (2, self.args.batch_size, self.actions)
+        engine, args = self.engine, self.args
+        for update in range(args.updates_per_step * (step - 1) + 1, args.updates_per_step * step + 1):
+            batch = buffer.draw(args.batch_size, rng)
+            size = (2, args.batch_size, self.actions)
             next_noise, noise = rng.standard_normal(size, dtype=self.bounds[0].dtype)
-            self.update_critics(batch, next_noise)
-            self.adapt(self.critics, buffer, update, 1, rng)
-            self.update_actor(batch, noise)
-            self.adapt(self.actor, buffer, update, 1, rng)
-            if self.args.learn_temperature:
+            self.losses |= engine.update_critics(buffer, batch, next_noise, self.temperature)
+            if adaptation_due(update, 1, args):
+                self.adapt(engine.critics, buffer, rng)
+            self.losses |= engine.update_actor(buffer, batch, noise, self.temperature)
+            if adaptation_due(update, 1, args):
+                self.adapt(engine.actor, buffer, rng)
+            if args.learn_temperature:
                 self._update_temperature()
-            if update % self.args.target_interval == 0:
+            if update % args.target_interval == 0:
                 # A copy (tau is 1) has the topology of its network too: the target's prune, the paper's fourth piece,
                 # has nothing to do. The actor's target is of no use to SAC; as a copy it keeps no old connection.
-                self.critics.update_target()
-                self.actor.update_target()
+                engine.critics.update_target()
+                engine.actor.update_target()
 
     def _update_temperature(self) -> None:
         """Take one Adam step that raises the temperature where the entropy is below its target, minus the actions."""
@@ -142,16 +153,16 @@ class SAC(TD3):
 
     def policy_layers(self) -> list[Layer]:
         """Return copies of the layers whose outputs, through a tanh, are the deterministic actions: the mean's."""
-        *hidden, output = self.actor.layer_arrays()
+        *hidden, output = super().policy_layers()
         return [*hidden, Layer(*(array[..., : self.actions] for array in output))]
 
-    def state(self) -> dict[str, np.ndarray]:
+    def state_dict(self) -> dict[str, np.ndarray]:
         """Return everything that training changes, as numpy arrays by name."""
-        return super().state() | {"log_temperature": self.log_temperature}
+        return super().state_dict() | {"log_temperature": self.log_temperature}
 
-    def load_state(self, state: dict[str, np.ndarray]) -> None:
-        """Take over what ``state`` returned. Raises KeyError or ValueError when it belongs to another agent."""
-        super().load_state(state)
+    def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
+        """Take over what ``state_dict`` returned. Raises KeyError or ValueError when it belongs to another agent."""
+        super().load_state_dict(state)
         self.log_temperature[:] = state["log_temperature"]
 
 
@@ -166,10 +177,8 @@ def log_probability(unbounded: Tensor, log_std: Tensor, noise: Tensor) -> Tensor
     return (gaussian - log_slope).sum(dim=-1, keepdim=True)
 
 
-class MaskedSAC(MaskedTD3, SAC):
-    """SAC on masked networks, on any torch device. All that engine and algorithm do not share comes from SAC."""
-
-    act = SAC.act
+class MaskedSACEngine(MaskedEngine):
+    """Computes SAC's updates with masked networks, on any torch device."""
 
     @torch.no_grad()
     def outputs(self, observation: np.ndarray) -> np.ndarray:
@@ -179,35 +188,38 @@ class MaskedSAC(MaskedTD3, SAC):
 
     def draw(self, observation: Tensor, noise: np.ndarray) -> tuple[Tensor, Tensor]:
         """Draw actions [batch, actions] by ``noise``, as large; return them and their log-probabilities [batch, 1]."""
-        (noise,) = self._to_device(noise)
+        noise = torch.from_numpy(noise).to(self.args.device)
         mean, log_std = forward(self.actor.layers, observation).chunk(2, dim=-1)
         log_std = log_std.clamp(LOG_STD_MIN, LOG_STD_MAX)
         unbounded = mean + log_std.exp() * noise
-        return stretch(torch.tanh(unbounded), self.low, self.high), log_probability(unbounded, log_std, noise)
+        return unscale_action(torch.tanh(unbounded), self.low, self.high), log_probability(unbounded, log_std, noise)
 
-    def update_critics(self, batch: Batch, noise: np.ndarray) -> None:
+    def update_critics(
+        self, buffer: ReplayBuffer, indices: np.ndarray, noise: np.ndarray, temperature: float
+    ) -> dict[str, Tensor]:
         """Fit both critics to the smaller target value and entropy; ``noise`` [batch, actions] draws next actions."""
-        observation, action, reward, next_observation, terminated = self._to_device(*batch)
+        batch: Batch = self.batch(buffer, indices)
         with torch.no_grad():
-            next_action, next_log_probability = self.draw(next_observation, noise)
-            next_values = forward(self.critics.target, torch.cat([next_observation, next_action], dim=-1))
-            next_value = next_values.amin(dim=-3) - self.temperature * next_log_probability
-            target_value = reward + self.args.gamma * (1 - terminated) * next_value
-        values = forward(self.critics.layers, torch.cat([observation, action], dim=-1))
+            next_action, next_log_probability = self.draw(batch.next_observation, noise)
+            next_values = forward(self.critics.target, torch.cat([batch.next_observation, next_action], dim=-1))
+            next_value = next_values.amin(dim=-3) - temperature * next_log_probability
+            target_value = batch.reward + self.args.gamma * (1 - batch.terminated) * next_value
+        values = forward(self.critics.layers, torch.cat([batch.observation, batch.action], dim=-1))
         loss = (values - target_value).square().mean(dim=(-2, -1)).sum()
         self.critics.minimize(loss)
-        self.losses |= {"critic_loss": loss.detach(), "value": values.detach().mean()}
+        return {"critic_loss": loss.detach(), "value": values.detach().mean()}
 
-    def update_actor(self, batch: Batch, noise: np.ndarray) -> None:
-        """Move the actor towards actions that the lesser critic values more, and towards entropy."""
-        (observation,) = self._to_device(batch.observation)
+    def update_actor(
+        self, buffer: ReplayBuffer, indices: np.ndarray, noise: np.ndarray, temperature: float
+    ) -> dict[str, Tensor]:
+        """Move the actor towards actions that the minimum critic values more, and towards entropy."""
+        observation = self.batch(buffer, indices).observation
         action, drawn_log_probability = self.draw(observation, noise)
         values = forward(self.critics.layers, torch.cat([observation, action], dim=-1))
-        loss = (self.temperature * drawn_log_probability - values.amin(dim=-3)).mean()
+        loss = (temperature * drawn_log_probability - values.amin(dim=-3)).mean()
         self.actor.minimize(loss)
-        self.losses |= {"actor_loss": loss.detach(), "entropy": -drawn_log_probability.detach().mean()}
+        return {"actor_loss": loss.detach(), "entropy": -drawn_log_probability.detach().mean()}
 
 
 if __name__ == "__main__":
-    sys.modules["dst_sac"] = sys.modules["__main__"]  # the module that sparse_sac imports is this one
     sys.exit(main(SACArguments))

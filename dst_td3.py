@@ -9,30 +9,32 @@ pieces to TD3, and each is one function here:
 3. ``drop_and_grow``         an adaptation that drops the weakest connections and grows as many new ones,
 4. ``prune_target``          target networks that stay as sparse as the networks they follow.
 
-Whoever only wants the paper reads from "Sparse topology" to "TD3". Two engines compute it: the masked one here, dense
-matrices times 0/1 masks, and ``sparse_engine.py``, where cost follows the connections.
+Whoever only wants the paper reads from "Sparse topology" to "TD3". An agent computes with an engine: ``MaskedEngine``
+multiplies dense matrices by 0/1 masks, as the paper does; the package ``sparse_engine`` stores connections alone.
 """
 
 import dataclasses
 import fcntl
+import importlib.metadata
 import importlib.util
 import itertools
 import json
 import math
 import os
 import platform
+import re
 import resource
 import signal
 import subprocess
 import sys
 import time
 import warnings
-import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
-from typing import ClassVar, Literal, NamedTuple
+from typing import IO, ClassVar, Literal, NamedTuple
 
 import gymnasium
 import numpy as np
@@ -44,7 +46,7 @@ from tqdm import tqdm
 
 
 class InputError(Exception):
-    """What the user gave cannot be used. The message is one line; the program exits with code 2."""
+    """The user's input cannot be used. The message is one line; the program exits with code 2."""
 
 
 class RunError(Exception):
@@ -65,11 +67,6 @@ class Arguments:
     adapt_interval: int = 1000  # e of the paper: steps between two adaptations of the topology
     drop_fraction: float = 0.05  # eta of the paper: fraction of a layer's connections that an adaptation replaces
     adapt_until: float = 0.95  # fraction of the run after which the topology stays as it is
-    drop_by: Literal["magnitude", "contribution"] = "magnitude"
-    """drop the smallest weights, as the paper, or the smallest products of weight and its input's standard deviation"""
-    dense_moments: bool = False
-    """as the authors' code: empty positions have moments too, and what grows keeps its step (masked engine alone)"""
-    recycle_dormant: bool = False  # also draw hidden units anew that have died, when an adaptation is due
 
     seed: int = 0  # seed of everything random in the run; evaluations use seed + 100
     total_timesteps: int = 1_000_000  # environment steps of the run
@@ -78,11 +75,10 @@ class Arguments:
     batch_size: int = 100  # transitions in a batch
     buffer_size: int = 1_000_000  # transitions that the replay buffer holds
     gamma: float = 0.99  # discount factor
-    tau: float = 0.005  # rate at which target networks follow theirs
+    tau: float = 0.005  # rate of the soft update of the target networks
     policy_frequency: int = 2  # d of the paper: critic updates for each update of the actor and the targets
-    updates_per_step: int = 1  # updates after each environment step, of the critics where the policy is delayed
+    updates_per_step: int = 1  # update-to-data ratio: critic updates after each environment step
     learning_rate: float = 1e-3  # Adam's learning rate, actor and critics
-    step_exponent: float = 0.0  # a sparse layer learns at density ** -step_exponent times the learning rate
     weight_decay: float = 2e-4  # L2 penalty, actor and critics
     exploration_noise: float = 0.1  # standard deviation of the exploration noise, in units of half the action range
     policy_noise: float = 0.2  # standard deviation of the target policy's smoothing noise, in the same units
@@ -91,21 +87,26 @@ class Arguments:
     eval_episodes: int = 10  # noise-free episodes in an evaluation
     checkpoint_interval: int = 10_000  # steps between two checkpoints; a stopped run also writes one
     engine: Literal["auto", "masked", "sparse"] = "auto"
-    """masked: matrices times 0/1 masks in torch; sparse: connections alone (CPU); auto: as begun, sparse if it can"""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: as begun, at first the CPU for the sparse engine, and for the masked one a GPU where there is one"""
-    threads: int = 1  # CPU threads of the run; the sparse engine trains each critic in one of its own
+    """masked: matrices times 0/1 masks in torch; sparse: connections alone (CPU); auto: sparse wherever it can"""
+    device: Literal["cpu", "cuda"] = "cpu"  # cuda is for the masked engine
+    threads: int = 1  # CPU threads of torch
     snapshot_at: tuple[int, ...] = ()  # steps at which the policy so far is also kept, as policy-STEP.npz
-    results_dir: Path = Path("results")  # where run directories are made: RESULTS_DIR/ENV/VARIANT/seedN
+    results_dir: Path = Path("results")  # where run directories are made: RESULTS_DIR/ENV/NAME/seedN
     tensorboard: bool = False  # also write TensorBoard logs into the run directory
     track: bool = False  # also log to Weights & Biases
     describe: bool = False  # print layers, connections, FLOPs and bytes, then leave without training
 
+    # Options of programs that build on this one, which names them where they are given here.
+    MOVED: ClassVar = {
+        "--drop-by": "high_sparsity.py",
+        "--recycle-dormant": "high_sparsity.py",
+        "--step-exponent": "high_sparsity.py",
+        "--dense-moments": "dense_moments.py",
+    }
     # How a run is stored and shown; none of these changes a number that it computes.
     PRESENTATION: ClassVar = ("results_dir", "checkpoint_interval", "snapshot_at", "tensorboard", "track", "describe")
     OUTPUTS_PER_ACTION: ClassVar = 1  # of the actor; another algorithm sets anew this and what follows
-    ENGINE_MODULES: ClassVar = ("sparse_engine",)  # what --engine sparse needs of this project
-    # The paper's lambda for its two sparse layers of 256. Ant-v4 observes 27 numbers where the paper's Ant-v3 had 111:
+    # The paper's lambda for its two hidden layers of 256. Ant-v4 observes 27 numbers where the paper's Ant-v3 had 111:
     # 40 would be more than a full layer, and 12.6 keeps the paper's density of the actor's first layer (0.52).
     PAPER_LAMBDA: ClassVar = {
         "HalfCheetah-v4": (7.0, 64.0),
@@ -125,22 +126,23 @@ class Arguments:
         """Whether the topology changes during training."""
         return self.method.startswith("ds-")
 
-    @property
-    def evaluation_seed(self) -> int:
-        """Seed of every evaluation's start states, as in the authors' code."""
-        return self.seed + 100
+    def make_agent(self, actor: "list[Layer]", critics: "list[Layer]", bounds: tuple) -> "TD3":
+        """Return the agent to train; a variant has its own."""
+        return TD3(self.make_engine(actor, critics, bounds, MaskedEngine), bounds, self)
 
-    @property
-    def sparse_engine_fits(self) -> bool:
-        """Whether the sparse engine is there and can train this agent."""
-        needed = map(importlib.util.find_spec, (*self.ENGINE_MODULES, "numba", "scipy", "threadpoolctl"))
-        return all(needed) and self.device != "cuda" and not self.dense_moments
+    def make_engine(self, actor: "list[Layer]", critics: "list[Layer]", bounds: tuple, masked: "type[MaskedEngine]"):
+        """Return the engine that was asked for, where it is the masked one of the class ``masked``."""
+        if self.engine == "masked":
+            return masked(actor, critics, bounds, self)
+        from sparse_engine.td3 import SparseEngine
 
-    def _require(self, condition: bool, name: str, expected: str) -> None:
-        if not condition:
-            value = getattr(self, name)
-            given = " ".join(map(str, value)) if isinstance(value, tuple) else value
-            raise InputError(f"--{name.replace('_', '-')} must be {expected}, not {given}")
+        names = ("batch_size", "learning_rate", "weight_decay", "gamma", "tau", "drop_fraction")
+        numbers = {name: getattr(self, name) for name in (*names, "policy_noise", "noise_clip")}
+        return SparseEngine(actor, critics, bounds, **numbers)
+
+    def papers(self) -> "Arguments":
+        """Return the paper's setting of this environment and method; a run's name says what differs from it."""
+        return type(self)(env=self.env, method=self.method)
 
     def validate(self) -> None:
         """Raise InputError for the first argument that no run can use."""
@@ -149,86 +151,38 @@ class Arguments:
             self._require(getattr(self, name) > 0, name, "a positive whole number")
         for name in ("seed", "learning_starts", "weight_decay", "exploration_noise", "policy_noise", "noise_clip"):
             self._require(0 <= getattr(self, name) < math.inf, name, "zero or a positive number")
-        for name in ("drop_fraction", "adapt_until", "gamma", "tau", "step_exponent"):
+        for name in ("drop_fraction", "adapt_until", "gamma", "tau"):
             self._require(0 <= getattr(self, name) <= 1, name, "between 0 and 1")
         self._require(0 < self.learning_rate < math.inf, "learning_rate", "a positive number")
-        self._require(len(self.hidden) > 0 and min(self.hidden) > 0, "hidden", "one or more positive widths")
+        self._require(min(self.hidden, default=0) > 0, "hidden", "one or more positive widths")
         learning = f"more than --learning-starts ({self.learning_starts}), where learning starts"
         self._require(self.total_timesteps > self.learning_starts, "total_timesteps", learning)
         snapshots = all(0 < step <= self.total_timesteps for step in self.snapshot_at)
         self._require(snapshots, "snapshot_at", f"steps of the run, 1 to {self.total_timesteps}")
-        self._require(self.sparsity is None or 0 <= self.sparsity < 1, "sparsity", "at least 0 and below 1")
-        if self.er_lambda is not None:
-            proper = len(self.er_lambda) == len(self.hidden) and all(0 < value < math.inf for value in self.er_lambda)
-            self._require(proper, "er_lambda", f"{len(self.hidden)} positive numbers, one for each hidden layer")
+        self._require(0 <= (self.sparsity or 0) < 1, "sparsity", "at least 0 and below 1")
+        lambdas = (1,) * len(self.hidden) if self.er_lambda is None else self.er_lambda
+        proper = len(lambdas) == len(self.hidden) and all(0 < value < math.inf for value in lambdas)
+        self._require(proper, "er_lambda", f"{len(self.hidden)} positive numbers, one for each hidden layer")
+        if self.dense and (self.sparsity, self.er_lambda) != (None, None):
+            raise InputError(f"--method {self.method} is dense: leave out --sparsity and --er-lambda")
         if self.sparsity is not None and self.er_lambda is not None:
             raise InputError("--sparsity and --er-lambda both set the number of connections: give one of them")
-        for name in ("sparsity", "er_lambda", "dense_moments"):
-            if self.dense and getattr(self, name) not in (None, False):
-                raise InputError(f"--method {self.method} is dense: leave out --{name.replace('_', '-')}")
-        self._require(self.weight_decay or not self.recycle_dormant, "weight_decay", "positive with --recycle-dormant")
-        left_out = f"left out with --method {self.method}, which drops nothing"
-        self._require(self.adapts or self.drop_by == "magnitude", "drop_by", left_out)
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise InputError(f"--device cuda needs a GPU that torch {torch.__version__} can use, and there is none")
         for flag, package in (("tensorboard", "tensorboard"), ("track", "wandb"), ("track", "tensorboard")):
             if getattr(self, flag) and importlib.util.find_spec(package) is None:
                 raise InputError(f"--{flag} needs the package {package}: pip install {package}")
 
-    def agent_class(self) -> type["TD3"]:
-        """Return the class of agent to train. Raises InputError where machine or arguments do not allow it."""
-        if self.device == "cuda" and not torch.cuda.is_available():
-            reason = f"needs a GPU that torch {torch.__version__} can use, and there is none: choose --device cpu"
-            raise InputError(f"--device cuda {reason}")
-        if self.engine == "masked":
-            return MaskedTD3
-        if not self.sparse_engine_fits:
-            modules = " and ".join(f"{module}.py" for module in self.ENGINE_MODULES)
-            raise InputError(f"--engine sparse needs a CPU, {modules} with all packages, and no --dense-moments")
-        from sparse_engine import SparseTD3
-
-        return SparseTD3
-
-
-def with_topology(args: Arguments) -> Arguments:
-    """Fill in how many connections there are, where the user has not said: the paper's lambda, or half of all."""
-    if args.dense or args.sparsity is not None or args.er_lambda is not None:
-        return args
-    if args.env in args.PAPER_LAMBDA and args.hidden == (256, 256):
-        return dataclasses.replace(args, er_lambda=args.PAPER_LAMBDA[args.env])
-    return dataclasses.replace(args, sparsity=0.5)
-
-
-def resolve(args: Arguments) -> Arguments:
-    """Fill in all that is left open, engine and device as the run was begun. Raises InputError when that is damaged."""
-    args = with_topology(args)
-    begun = RunDirectory(args).begun_with()
-    if args.engine == "auto":
-        args = dataclasses.replace(args, engine=begun.get("engine", "sparse" if args.sparse_engine_fits else "masked"))
-    if args.device == "auto":
-        gpu = args.engine == "masked" and torch.cuda.is_available()
-        args = dataclasses.replace(args, device=begun.get("device", "cuda" if gpu else "cpu"))
-    return args
-
-
-def variant(args: Arguments) -> str:
-    """Name resolved arguments by their method and whatever differs from the paper's setting: "ds-td3_sparsity=0.8"."""
-    papers = with_topology(type(args)(env=args.env, method=args.method))
-    unnamed = ("env", "method", "seed", "device", "engine", "threads", *args.PRESENTATION)
-    name = args.method
-    for field in dataclasses.fields(args):
-        value = getattr(args, field.name)
-        if field.name not in unnamed and value is not None and value != getattr(papers, field.name):
-            value = ",".join(f"{v:g}" for v in value) if isinstance(value, tuple) else value
-            shown = value.stem if isinstance(value, Path) else value
-            name += f"_{field.name.replace('_', '-')}={shown}"
-    return name
+    def _require(self, condition: bool, name: str, expected: str) -> None:
+        if not condition:
+            value = getattr(self, name)
+            given = " ".join(map(str, value)) if isinstance(value, tuple) else value
+            raise InputError(f"--{name.replace('_', '-')} must be {expected}, not {given}")
 
 
 # --- Sparse topology: the four pieces of the paper --------------------------------------------------------------------
 # A weight matrix is [..., inputs, outputs]; leading axes are independent networks, such as the twin critics. A mask of
 # the same shape is 1 where the topology has a connection and 0 elsewhere. Masked weights are zero.
-
-DORMANT = 1e-6  # magnitude below which all incoming weights of a unit together show that it has died
-CONTRIBUTION_SAMPLES = 1000  # transitions over which contributions are measured; a batch of 100 gained less on Ant
 
 
 def count_connections(widths: list[int], sparsity: float | None = None, er_lambda: tuple | None = None) -> list[int]:
@@ -284,26 +238,33 @@ def _networks(tensor: Tensor) -> Tensor:
     return tensor.view(-1, tensor.shape[-2] * tensor.shape[-1])
 
 
-def drop_and_grow(weight: Tensor, mask: Tensor, drop_fraction: float, rng: Generator) -> tuple[Tensor, Tensor]:
+def drop_and_grow(
+    drop_scores: Tensor, mask: Tensor, drop_fraction: float, rng: Generator, growth_scores: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Choose which connections of a layer go and where new ones come: piece 3, the adaptation (the SET rule).
 
-    Drops the fraction ``drop_fraction`` (eta) of the positive weights, zero among them, and of the negative ones, those
-    nearest to zero; among equals the first position goes first. Then grows as many connections, uniformly among the
-    positions that hold none, those just dropped included. A full layer has nowhere else to grow and stays as it is.
-    Takes weights, or their ``contributions``, and mask [..., inputs, outputs] and returns two masks of that shape: the
-    connections that were kept and those that were grown, together as many as before.
+    Drops the fraction ``drop_fraction`` (eta) of the connections with a positive score, zero among them, and of those
+    with a negative one, those nearest to zero; among equals the first position goes first. The paper's scores are the
+    weights. Then grows as many connections among the positions that hold none, those just dropped included: uniformly,
+    or those of the largest ``growth_scores``. A full layer has nowhere else to grow and stays as it is. Takes scores
+    and mask [..., inputs, outputs] and returns two masks of that shape: the connections that were kept and those that
+    were grown, together as many as before.
     """
     kept, grown = mask.clone(), torch.zeros_like(mask)
-    for w, k, g in zip(_networks(weight), _networks(kept), _networks(grown), strict=True):
+    for n, (score, k, g) in enumerate(zip(_networks(drop_scores), _networks(kept), _networks(grown), strict=True)):
         connected = k.nonzero().squeeze(-1)
         if len(connected) == len(k):
             continue
-        for signed in (connected[w[connected] >= 0], connected[w[connected] < 0]):
-            weakest_first = w[signed].abs().argsort(stable=True)
+        for signed in (connected[score[connected] >= 0], connected[score[connected] < 0]):
+            weakest_first = score[signed].abs().argsort(stable=True)
             k[signed[weakest_first[: round(drop_fraction * len(signed))]]] = 0
         empty = (k == 0).nonzero().squeeze(-1)
         dropped = len(connected) - int(k.sum())
-        g[empty[torch.from_numpy(rng.choice(len(empty), dropped, replace=False)).to(empty.device)]] = 1
+        if growth_scores is None:
+            chosen = torch.from_numpy(rng.choice(len(empty), dropped, replace=False)).to(empty.device)
+        else:
+            chosen = _networks(growth_scores)[n, empty].argsort(descending=True, stable=True)[:dropped]
+        g[empty[chosen]] = 1
     return kept, grown
 
 
@@ -361,64 +322,35 @@ def forward(layers: list[Layer], x: Tensor) -> Tensor:
     return x @ layers[-1].weight + layers[-1].bias
 
 
-def contributions(layers: list[Layer], x: Tensor) -> list[Tensor]:
-    """Return the weights of each layer but the last, times the standard deviations of the inputs that they weigh.
-
-    Those are over ``x`` [..., batch, inputs]. A velocity that reaches ten moves a unit by a small weight as far as an
-    angle does by a large one: magnitude alone takes its connections away. After Wanda (arXiv 2306.11695), which
-    measures by the norm.
-    """
-    worth = []
-    for layer in layers[:-1]:
-        change = x - x[..., :1, :]  # so that an input that never changes deviates by exactly zero in either engine
-        worth.append(layer.weight * change.std(dim=-2, correction=0).unsqueeze(-1))
-        x = torch.relu(forward([layer], x))
-    return worth
-
-
-def stretch(action: np.ndarray | Tensor, low: np.ndarray | Tensor, high: np.ndarray | Tensor) -> np.ndarray | Tensor:
+def unscale_action(
+    action: np.ndarray | Tensor, low: np.ndarray | Tensor, high: np.ndarray | Tensor
+) -> np.ndarray | Tensor:
     """Stretch actions in [-1, 1] to their bounds, which rounding alone could leave."""
     return (action * (high - low) / 2 + (high + low) / 2).clip(low, high)
 
 
 def policy(layers: list[Layer], observation: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """Return an actor's actions [..., batch, actions], within [low, high], for [..., batch, observations]."""
-    return stretch(torch.tanh(forward(layers, observation)), low, high)
-
-
-def step_scale(mask: np.ndarray | Tensor, args: Arguments) -> float:
-    """Return the factor of Adam's steps in a layer's weights (with exponent 1, that of SμPar, arXiv 2405.15743)."""
-    return float(mask.sum() / math.prod(mask.shape)) ** -args.step_exponent
-
-
-def is_dormant(layer: Layer) -> Tensor:
-    """Return which units [..., 1, outputs] have died: their incoming weights have vanished, and no bias opens them."""
-    return (layer.weight.abs().sum(-2, keepdim=True) < DORMANT) & (layer.bias <= 0)
+    return unscale_action(torch.tanh(forward(layers, observation)), low, high)
 
 
 class MaskedNetwork:
     """A sparse network as dense matrices and 0/1 masks, with its Adam optimizer and its target network.
 
     No gradient, moment or weight decay reaches a position without a connection, and a grown one starts at zero with
-    zero moments, as where connections alone are stored; Adam's bias correction goes on with the network's age. With
-    ``--dense-moments``, as in the authors' code, Adam steps at empty positions too, and what grows there keeps it.
+    zero moments, as where connections alone are stored; Adam's bias correction goes on with the network's age.
     """
 
     def __init__(self, layers: list[Layer], args: Arguments):
         self.args = args
         self.layers = [Layer(*(torch.tensor(array, device=args.device) for array in layer)) for layer in layers]
         self.target = [Layer(*(tensor.clone() for tensor in layer)) for layer in self.layers]  # their masks go unused
-        self.initial_masks = [layer.mask.clone() for layer in self.layers]
         self.connections = [int(_networks(layer.mask)[0].sum()) for layer in self.layers]
         # Until the first adaptation a target shares its network's topology and needs no pruning.
         self.supports = [torch.empty(0, dtype=torch.int64, device=args.device) for _ in self.layers]
         self.parameters = [tensor.requires_grad_() for layer in self.layers for tensor in (layer.weight, layer.bias)]
-        rates: dict[float, list[Tensor]] = {}
-        for layer in self.layers:
-            for scale, tensor in ((step_scale(layer.mask, args), layer.weight), (1.0, layer.bias)):
-                rates.setdefault(args.learning_rate * scale, []).append(tensor)
-        groups = [{"params": tensors, "lr": rate} for rate, tensors in rates.items()]
-        self.optimizer = torch.optim.Adam(groups, weight_decay=args.weight_decay, fused=True)
+        rates = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
+        self.optimizer = torch.optim.Adam(self.parameters, **rates, fused=True)
         for p in self.parameters:  # Adam makes its state at its first step; checkpoints need it from the start
             moments = {name: torch.zeros_like(p, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}
             self.optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
@@ -428,50 +360,25 @@ class MaskedNetwork:
         # Not backward(): the actor's loss also runs through the critics, whose gradients are not wanted.
         for parameter, gradient in zip(self.parameters, torch.autograd.grad(loss, self.parameters), strict=True):
             parameter.grad = gradient
-        if not self.args.dense_moments:
-            for layer in self.layers:
-                layer.weight.grad.mul_(layer.mask)
+        for layer in self.layers:
+            layer.weight.grad.mul_(layer.mask)
         self.optimizer.step()
-        if self.args.dense_moments:
-            self.unmasked = [layer.weight.detach().clone() for layer in self.layers]
-            for layer in self.layers:
-                layer.weight.detach().mul_(layer.mask)
 
     @torch.no_grad()
-    def adapt(self, rng: Generator, x: np.ndarray | None = None) -> None:
+    def adapt(self, rng: Generator, drop_scores: list | None = None, growth_scores: list | None = None) -> None:
         """Adapt the topology of every sparse layer (drop and grow), right after a step of ``minimize``.
 
-        Drops by contribution over ``x`` [..., batch, columns], whose first columns are the network's inputs, or
-        without it by magnitude.
+        Scores are one array [..., inputs, outputs] for each sparse layer; without any the rule is the paper's.
         """
-        worth = [layer.weight for layer in self.layers]
-        if x is not None:
-            inputs = torch.from_numpy(x[..., : self.layers[0].weight.shape[-2]]).to(self.args.device)
-            worth = contributions(self.layers, inputs)
         for index, layer in enumerate(self.layers[:-1]):
-            kept, grown = drop_and_grow(worth[index], layer.mask, self.args.drop_fraction, rng)
+            drop = layer.weight if drop_scores is None else drop_scores[index]
+            growth = None if growth_scores is None else growth_scores[index]
+            kept, grown = drop_and_grow(drop, layer.mask, self.args.drop_fraction, rng, growth)
             layer.mask.copy_(kept + grown)
-            if self.args.dense_moments:
-                layer.weight.copy_(self.unmasked[index] * layer.mask)
-            else:
-                state = self.optimizer.state[layer.weight]
-                for tensor in (layer.weight, state["exp_avg"], state["exp_avg_sq"]):
-                    tensor.mul_(kept)
+            state = self.optimizer.state[layer.weight]
+            for tensor in (layer.weight, state["exp_avg"], state["exp_avg_sq"]):
+                tensor.mul_(kept)
             self.supports[index] = target_support(self.target[index].weight, layer.mask)
-
-    @torch.no_grad()
-    def recycle(self, rng: Generator) -> None:
-        """Draw incoming weights and bias of each dormant hidden unit anew, as at the start (after arXiv 2302.12902).
-
-        A unit that nothing activates has no gradient; weight decay takes all its weights to zero, where connections
-        grown into it stay as well. Its outgoing ones have decayed too, so that nothing changes at once.
-        """
-        for layer in self.layers[:-1]:
-            dormant = is_dormant(layer)
-            for tensor, there in ((layer.weight, dormant & (layer.mask == 1)), (layer.bias, dormant)):
-                tensor[there] = tensor.new_tensor(initial_values(layer.weight.shape[-2], int(there.sum()), rng))
-                for moment in ("exp_avg", "exp_avg_sq"):
-                    self.optimizer.state[tensor][moment][there] = 0
 
     @torch.no_grad()
     def update_target(self) -> None:
@@ -482,22 +389,18 @@ class MaskedNetwork:
             target.bias.lerp_(layer.bias, self.args.tau)
             prune_target(target.weight, support, connections)
 
-    def layer_arrays(self) -> list[Layer]:
-        """Return copies of the network's own layers (not the target's) as numpy arrays."""
-        return [Layer(*(tensor.detach().cpu().numpy().copy() for tensor in layer)) for layer in self.layers]
+    def layer_arrays(self, target: bool = False) -> list[Layer]:
+        """Return copies of the network's own layers, or of its target's, as numpy arrays."""
+        layers = self.target if target else self.layers
+        return [Layer(*(tensor.detach().cpu().numpy().copy() for tensor in layer)) for layer in layers]
 
-    def topologies(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Return the present and the first mask of each sparse layer (of the first network, where they are stacked)."""
-        pairs = zip((layer.mask for layer in self.layers[:-1]), self.initial_masks, strict=False)
-        return [tuple(mask.reshape(-1, *mask.shape[-2:])[0].cpu().numpy() for mask in pair) for pair in pairs]
-
-    def state(self) -> dict[str, np.ndarray]:
+    def state_dict(self) -> dict[str, np.ndarray]:
         """Return everything that training changes, as numpy arrays by name."""
         return {f"{number}": tensor.detach().cpu().numpy() for number, tensor in enumerate(self._tensors())}
 
     @torch.no_grad()
-    def load_state(self, state: dict[str, np.ndarray]) -> None:
-        """Take over what ``state`` returned. Raises KeyError or ValueError when it belongs to another network."""
+    def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
+        """Take over what ``state_dict`` returned. Raises KeyError or ValueError when it belongs to another network."""
         for number, tensor in enumerate(self._tensors()):
             stored = torch.from_numpy(state[f"{number}"])
             if tensor.dtype == torch.int64:  # a support, the one tensor that grows and shrinks
@@ -524,12 +427,16 @@ class Batch(NamedTuple):
 
 
 class ReplayBuffer:
-    """The last ``capacity`` transitions, a float32 row each. Raises InputError where memory could never hold them."""
+    """The last ``capacity`` transitions, a float32 row each, which it also keeps in a file when told to.
+
+    Raises InputError where memory could never hold them.
+    """
 
     def __init__(self, capacity: int, observations: int, actions: int):
         widths = Batch(observations, actions, 1, observations, 1)
         self.columns = [slice(end - width, end) for width, end in zip(widths, np.cumsum(widths).tolist(), strict=True)]
         self.added = 0  # transitions so far, the overwritten ones too
+        self.saved, self.checksum = 0, 0  # transitions in the file, and their CRC-32
         try:
             self.rows = np.zeros((capacity, sum(widths)), dtype=np.float32)
         except (MemoryError, ValueError) as error:
@@ -540,81 +447,50 @@ class ReplayBuffer:
         self.rows[self.added % len(self.rows)] = np.concatenate(transition)
         self.added += 1
 
-    def sample(self, batch_size: int, rng: Generator) -> Batch:
-        """Draw a batch uniformly, with replacement."""
-        rows = self.rows[self.draw(batch_size, rng)]
-        return Batch(*(rows[:, columns] for columns in self.columns))
-
     def draw(self, batch_size: int, rng: Generator) -> np.ndarray:
-        """Draw the numbers of as many rows."""
+        """Draw the indices [batch] of a batch uniformly, with replacement."""
         return rng.integers(min(self.added, len(self.rows)), size=batch_size)
 
+    def batch(self, indices: np.ndarray) -> Batch:
+        """Return the transitions of these indices [batch]."""
+        rows = self.rows[indices]
+        return Batch(*(rows[:, columns] for columns in self.columns))
 
-class TD3:
-    """Twin delayed DDPG, as far as both engines share it; theirs add ``act``, ``update_critics`` and ``update_actor``.
+    def save(self, path: Path) -> None:
+        """Append new transitions to those in the file, over what a killed run left there after its checkpoint."""
+        new = self.rows[np.arange(self.saved, self.added) % len(self.rows)]
+        with writing(path), open(path, "ab") as file:
+            file.truncate(self.saved * self.rows[0].nbytes)
+            file.write(new)
+            file.flush()
+            os.fsync(file.fileno())
+        self.saved, self.checksum = self.added, zlib.crc32(new, self.checksum)
 
-    A run asks any agent for ``networks`` (each with ``topologies``), ``losses`` of the last update, ``act``,
-    ``explore``, ``learn``, ``policy_layers``, ``state`` and ``load_state``.
-    """
-
-    def __init__(self, network: type, actor: list[Layer], critics: list[Layer], bounds: tuple, args: Arguments):
-        self.args, self.bounds = args, bounds
-        self.actor, self.critics = network(actor, args), network(critics, args)
-        self.networks = {"actor": self.actor, "critic": self.critics}
-        self.losses: dict[str, float | Tensor] = {}
-
-    def explore(self, observation: np.ndarray, rng: Generator, act: Callable | None = None) -> np.ndarray:
-        """Return the action [actions] of the policy, or of ``act``, with exploration noise, within the bounds."""
-        low, high = self.bounds
-        noise = rng.standard_normal(low.shape, dtype=np.float32) * self.args.exploration_noise * (high - low) / 2
-        return ((act or self.act)(observation) + noise).clip(low, high)
-
-    def sample(self, buffer: ReplayBuffer, rng: Generator) -> Batch:
-        """Draw a batch."""
-        return buffer.sample(self.args.batch_size, rng)
-
-    def learn(self, buffer: ReplayBuffer, step: int, rng: Generator) -> None:
-        """Do the learning of one environment step: Algorithm 1 of the paper, from the sampled batch on."""
-        updates, delay = self.args.updates_per_step, self.args.policy_frequency
-        for update in range(updates * (step - 1) + 1, updates * step + 1):
-            batch = self.sample(buffer, rng)
-            noise = rng.standard_normal((self.args.batch_size, len(self.bounds[0])), dtype=self.bounds[0].dtype)
-            self.update_critics(batch, noise)
-            self.adapt(self.critics, buffer, update, 1, rng)
-            if update % delay == 0:
-                self.update_actor(batch)
-                self.adapt(self.actor, buffer, update, delay, rng)
-                self.actor.update_target()
-                self.critics.update_target()
-
-    def adapt(self, network, buffer: ReplayBuffer, update: int, period: int, rng: Generator) -> None:
-        """Adapt a network that learns every ``period`` updates, if that is due after this one."""
-        if adaptation_due(update, period, self.args):
-            if self.args.adapts:
-                by_contribution = self.args.drop_by == "contribution"
-                network.adapt(rng, buffer.rows[buffer.draw(CONTRIBUTION_SAMPLES, rng)] if by_contribution else None)
-            if self.args.recycle_dormant:
-                network.recycle(rng)
-
-    def policy_layers(self) -> list[Layer]:
-        """Return copies of the layers whose outputs, through a tanh, are the deterministic actions."""
-        return self.actor.layer_arrays()
-
-    def state(self) -> dict[str, np.ndarray]:
-        """Return everything that training changes, as numpy arrays by name."""
-        return {f"{name}.{key}": a for name, network in self.networks.items() for key, a in network.state().items()}
-
-    def load_state(self, state: dict[str, np.ndarray]) -> None:
-        """Take over what ``state`` returned. Raises KeyError or ValueError when it belongs to another agent."""
-        for name, network in self.networks.items():
-            network.load_state({k.partition(".")[2]: a for k, a in state.items() if k.startswith(f"{name}.")})
+    def load(self, path: Path, count: int, checksum: int) -> None:
+        """Fill the buffer from the first ``count`` transitions of a file. Raises ValueError when it is damaged."""
+        stored = np.memmap(path, mode="r")[: count * self.rows[0].nbytes]
+        if zlib.crc32(stored) != checksum:
+            raise ValueError(f"{path.name} beside it is damaged")
+        rows = stored.view(np.float32).reshape(count, -1)
+        kept = np.arange(max(0, count - len(self.rows)), count)
+        self.rows[kept % len(self.rows)] = rows[kept]
+        self.added, self.saved, self.checksum = count, count, checksum
 
 
-class MaskedTD3(TD3):
-    """TD3 on masked networks, on any torch device."""
+def make_buffer(env: gymnasium.Env, args: Arguments) -> ReplayBuffer:
+    """Return the empty replay buffer of a run."""
+    capacity = min(args.buffer_size, args.total_timesteps)
+    return ReplayBuffer(capacity, env.observation_space.shape[0], env.action_space.shape[0])
+
+
+class MaskedEngine:
+    """Computes with masked networks, on any torch device. An engine does the arithmetic that its agent asks for."""
+
+    network: ClassVar = MaskedNetwork  # a variant may put its own here
 
     def __init__(self, actor: list[Layer], critics: list[Layer], bounds: tuple, args: Arguments):
-        super().__init__(MaskedNetwork, actor, critics, bounds, args)
+        self.args = args
+        self.actor, self.critics = self.network(actor, args), self.network(critics, args)
         self.low, self.high = (torch.tensor(bound, device=args.device) for bound in bounds)
 
     @torch.no_grad()
@@ -623,56 +499,132 @@ class MaskedTD3(TD3):
         x = torch.from_numpy(observation.astype(np.float32)).to(self.args.device)
         return policy(self.actor.layers, x[None], self.low, self.high)[0].cpu().numpy()
 
-    def update_critics(self, batch: Batch, noise: np.ndarray) -> None:
-        """Fit both critics to the smaller target value; ``noise`` [batch, actions], unscaled, smooths the policy."""
-        observation, action, reward, next_observation, terminated, noise = self._to_device(*batch, noise)
+    def update_critics(self, buffer: ReplayBuffer, indices: np.ndarray, noise: np.ndarray) -> dict[str, Tensor]:
+        """Fit both critics to a batch; ``noise`` [batch, actions] is standard normal. Returns what to log."""
+        loss, values = self.critic_loss(self.batch(buffer, indices), torch.from_numpy(noise).to(self.args.device))
+        self.critics.minimize(loss)
+        return {"critic_loss": loss.detach(), "value": values.detach().mean()}
+
+    def update_actor(self, buffer: ReplayBuffer, indices: np.ndarray) -> dict[str, Tensor]:
+        """Move the actor towards actions that the first critic values more. Returns what to log."""
+        loss = self.actor_loss(self.batch(buffer, indices))
+        self.actor.minimize(loss)
+        return {"actor_loss": loss.detach()}
+
+    def batch(self, buffer: ReplayBuffer, indices: np.ndarray) -> Batch:
+        """Return a batch as tensors on the device."""
+        return Batch(*(torch.from_numpy(array).to(self.args.device) for array in buffer.batch(indices)))
+
+    def critic_loss(self, batch: Batch, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the loss of both critics against the smaller target value, and their values [2, batch, 1]."""
         with torch.no_grad():
             noise = (noise * self.args.policy_noise).clamp(-self.args.noise_clip, self.args.noise_clip)
-            next_action = policy(self.actor.target, next_observation, self.low, self.high)
+            next_action = policy(self.actor.target, batch.next_observation, self.low, self.high)
             next_action = (next_action + noise * (self.high - self.low) / 2).clamp(self.low, self.high)
-            next_values = forward(self.critics.target, torch.cat([next_observation, next_action], dim=-1))
-            target_value = reward + self.args.gamma * (1 - terminated) * next_values.amin(dim=-3)  # of both critics
-        values = forward(self.critics.layers, torch.cat([observation, action], dim=-1))
-        loss = (values - target_value).square().mean(dim=(-2, -1)).sum()
-        self.critics.minimize(loss)
-        self.losses |= {"critic_loss": loss.detach(), "value": values.detach().mean()}
+            next_values = forward(self.critics.target, torch.cat([batch.next_observation, next_action], dim=-1))
+            target_value = batch.reward + self.args.gamma * (1 - batch.terminated) * next_values.amin(dim=-3)
+        values = forward(self.critics.layers, torch.cat([batch.observation, batch.action], dim=-1))
+        return (values - target_value).square().mean(dim=(-2, -1)).sum(), values
 
-    def update_actor(self, batch: Batch) -> None:
-        """Move the actor towards actions that the first critic values more (deterministic policy gradient)."""
-        (observation,) = self._to_device(batch.observation)
+    def actor_loss(self, batch: Batch) -> Tensor:
+        """Return the loss of the deterministic policy gradient: what the first critic says of the actor's actions."""
         first_critic = [Layer(*(tensor[..., 0, :, :] for tensor in layer)) for layer in self.critics.layers]
-        action = policy(self.actor.layers, observation, self.low, self.high)
-        loss = -forward(first_critic, torch.cat([observation, action], dim=-1)).mean()
-        self.actor.minimize(loss)
-        self.losses |= {"actor_loss": loss.detach()}
+        action = policy(self.actor.layers, batch.observation, self.low, self.high)
+        return -forward(first_critic, torch.cat([batch.observation, action], dim=-1)).mean()
 
-    def _to_device(self, *arrays: np.ndarray) -> list[Tensor]:
-        return [torch.from_numpy(array).to(self.args.device) for array in arrays]
+
+class TD3:
+    """Twin delayed DDPG on an engine, with the paper's adaptations of the topology.
+
+    An engine has the networks ``actor`` and ``critics`` (two stacked ones) and does ``act``, ``update_critics`` and
+    ``update_actor``. A topology rule of one's own is a subclass with other ``scores``.
+    """
+
+    def __init__(self, engine, bounds: tuple[np.ndarray, np.ndarray], args: Arguments):
+        self.engine, self.bounds, self.args = engine, bounds, args
+        self.networks = {"actor": engine.actor, "critic": engine.critics}
+        self.losses: dict[str, float | Tensor] = {}  # of the last updates
+
+    def act(self, observation: np.ndarray) -> np.ndarray:
+        """Return the deterministic action [actions] for one observation [observations]."""
+        return self.engine.act(observation)
+
+    def explore(self, observation: np.ndarray, rng: Generator, act: Callable | None = None) -> np.ndarray:
+        """Return the action [actions] of the policy, or of ``act``, with exploration noise, within the bounds."""
+        low, high = self.bounds
+        noise = rng.standard_normal(low.shape, dtype=np.float32) * self.args.exploration_noise * (high - low) / 2
+        return ((act or self.act)(observation) + noise).clip(low, high)
+
+    def learn(self, buffer: ReplayBuffer, step: int, rng: Generator) -> None:
+        """Do the learning of one environment step: Algorithm 1 of the paper, from the sampled batch on."""
+        engine, args, delay = self.engine, self.args, self.args.policy_frequency
+        for update in range(args.updates_per_step * (step - 1) + 1, args.updates_per_step * step + 1):
+            batch = buffer.draw(args.batch_size, rng)
+            noise = rng.standard_normal((args.batch_size, len(self.bounds[0])), dtype=self.bounds[0].dtype)
+            self.losses |= engine.update_critics(buffer, batch, noise)
+            if adaptation_due(update, 1, args):
+                self.adapt(engine.critics, buffer, rng)
+            if update % delay == 0:
+                self.losses |= engine.update_actor(buffer, batch)
+                if adaptation_due(update, delay, args):
+                    self.adapt(engine.actor, buffer, rng)
+                engine.actor.update_target()
+                engine.critics.update_target()
+
+    def adapt(self, network, buffer: ReplayBuffer, rng: Generator) -> None:
+        """Adapt the topology of a network, where the method does."""
+        if self.args.adapts:
+            network.adapt(rng, *self.scores(network, buffer, rng))
+
+    def scores(self, network, buffer: ReplayBuffer, rng: Generator) -> tuple[list | None, list | None]:
+        """Return drop scores and growth scores, each one array [..., inputs, outputs] for each sparse layer.
+
+        None stands for the paper's rule: connections are dropped by their weights and grown by a uniform draw.
+        """
+        return None, None
+
+    def policy_layers(self) -> list[Layer]:
+        """Return copies of the layers whose outputs, through a tanh, are the deterministic actions."""
+        return [Layer(*arrays) for arrays in self.engine.actor.layer_arrays()]
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """Return everything that training changes, as numpy arrays by name."""
+        parts = ((name, network.state_dict()) for name, network in self.networks.items())
+        return {f"{name}.{key}": array for name, state in parts for key, array in state.items()}
+
+    def load_state_dict(self, state: dict[str, np.ndarray]) -> None:
+        """Take over what ``state_dict`` returned. Raises KeyError or ValueError when it belongs to another agent."""
+        for name, network in self.networks.items():
+            network.load_state_dict({k.partition(".")[2]: a for k, a in state.items() if k.startswith(f"{name}.")})
 
 
 # --- Environment ------------------------------------------------------------------------------------------------------
 class CheckedEnvironment(gymnasium.Wrapper):
-    """Raises RunError where an environment fails, or where an action, an observation or a reward is not finite.
+    """The one place where an environment's data enters. Raises RunError where it fails or returns what is not finite.
 
     Arrays are copied both ways: an environment may change the array that it has returned, or the action it was given.
     """
 
     def reset(self, **options) -> tuple[np.ndarray, dict]:
         """Begin an episode, and return its first observation [observations]."""
-        observation, information = self._checked(self.env.reset, **options)
-        return np.array(observation), information
+        observation, information = self._call(self.env.reset, **options)
+        return self._observed(observation), information
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
         """Act, and return observation, reward, terminated, truncated and information."""
         if not math.isfinite(action.sum()):
             raise RunError("the policy's action is not finite (the networks have diverged)")
-        observation, reward, terminated, truncated, information = self._checked(self.env.step, action.copy())
-        for name, total in (("an observation", observation.sum()), ("a reward", reward)):
-            if not math.isfinite(total):
-                raise RunError(f"{self.spec.id} returned {name} that is not finite")
-        return np.array(observation), float(reward), bool(terminated), bool(truncated), information
+        observation, reward, terminated, truncated, information = self._call(self.env.step, action.copy())
+        if not math.isfinite(reward):
+            raise RunError(f"{self.spec.id} returned a reward that is not finite")
+        return self._observed(observation), float(reward), bool(terminated), bool(truncated), information
 
-    def _checked(self, function: Callable, *arguments, **options):
+    def _observed(self, observation: np.ndarray) -> np.ndarray:
+        if not math.isfinite(observation.sum()):
+            raise RunError(f"{self.spec.id} returned an observation that is not finite")
+        return np.array(observation)
+
+    def _call(self, function: Callable, *arguments, **options):
         try:
             return function(*arguments, **options)
         except Exception as error:  # an environment's own code can raise anything
@@ -719,35 +671,29 @@ def count_costs(env: gymnasium.Env, args: Arguments) -> dict[str, float]:
 
     A backward pass is two forward ones, the critic's part in the actor's loss is left out, and every step counts.
     """
-
-    def count(args: Arguments) -> tuple[int, float]:
-        actor, critic = (sum(connections) for _, connections in network_sizes(env, args))
-        per_sample = 6 * 2 * critic + 6 * actor / args.policy_frequency
-        return actor + 2 * critic, args.total_timesteps * args.updates_per_step * args.batch_size * per_sample
-
-    connections, flops = count(args)
-    dense_connections, dense_flops = count(dataclasses.replace(args, sparsity=None, er_lambda=None, updates_per_step=1))
+    costs = []
+    for setting in (args, dataclasses.replace(args, sparsity=None, er_lambda=None, updates_per_step=1)):
+        actor, critic = (sum(connections) for _, connections in network_sizes(env, setting))
+        updates = setting.total_timesteps * setting.updates_per_step * setting.batch_size
+        costs.append((actor + 2 * critic, updates * (6 * 2 * critic + 6 * actor / setting.policy_frequency)))
+    (connections, flops), (dense_connections, dense_flops) = costs
     counts = {"connections": connections, "sparsity": 1 - connections / dense_connections}
     return counts | {"training_flops": flops, "training_flops_of_dense": dense_flops}
 
 
 def describe(env: gymnasium.Env, args: Arguments) -> str:
     """Tabulate each layer's shape, connections and sparsity, then #params, training FLOPs and the buffer's bytes."""
-    lines = [f"{args.env}, {variant(args)}", f"{'layer':<17}{'shape':>12}{'connections':>14}{'sparsity':>10}"]
+    lines = [f"{args.env}, {run_name(args)}", f"{'layer':<17}{'shape':>12}{'connections':>14}{'sparsity':>10}"]
     for name, (widths, connections) in zip(("actor", "each critic"), network_sizes(env, args), strict=True):
-        for layer, count in enumerate(connections):
-            inputs, outputs = widths[layer : layer + 2]
+        for number, (inputs, outputs, count) in enumerate(zip(widths, widths[1:], connections, strict=False), start=1):
             shape, sparsity = f"{inputs} x {outputs}", 1 - count / (inputs * outputs)
-            lines.append(f"{name:<12}{layer + 1:<5}{shape:>12}{count:>14,}{sparsity:>10.3f}")
-    costs = count_costs(env, args)
+            lines.append(f"{name:<12}{number:<5}{shape:>12}{count:>14,}{sparsity:>10.3f}")
+    costs, buffer = count_costs(env, args), make_buffer(env, args).rows
     share = costs["training_flops"] / costs["training_flops_of_dense"]
-    transition_bytes = 4 * (2 * env.observation_space.shape[0] + env.action_space.shape[0] + 2)
-    buffer_bytes = transition_bytes * min(args.buffer_size, args.total_timesteps)
-    return "\n".join(lines) + (
-        f"\n#params    {costs['connections']:,} connections (sparsity {costs['sparsity']:.2f})"
-        f"\nFLOPs      {costs['training_flops']:.3g} for training, {share:.2f}x dense"
-        f"\nbytes      {buffer_bytes / 1e6:,.0f} MB of replay buffer, once it is full"
-    )
+    lines.append(f"#params    {costs['connections']:,} connections (sparsity {costs['sparsity']:.2f})")
+    lines.append(f"FLOPs      {costs['training_flops']:.3g} for training, {share:.2f}x dense")
+    lines.append(f"bytes      {buffer.nbytes / 1e6:,.0f} MB of replay buffer, once it is full")
+    return "\n".join(lines)
 
 
 def learning_curve_area(returns: list[float], eval_interval: int, total_timesteps: int) -> float:
@@ -758,7 +704,7 @@ def learning_curve_area(returns: list[float], eval_interval: int, total_timestep
     return sum(returns) * (eval_interval / 5000) / total_timesteps
 
 
-# --- Run directory ----------------------------------------------------------------------------------------------------
+# --- Files ------------------------------------------------------------------------------------------------------------
 @contextmanager
 def writing(path: Path):
     """Turn a failure of the file system, such as a full disk, into a RunError that names ``path``."""
@@ -797,31 +743,21 @@ def read_json(path: Path, key: str):
         raise InputError(f"{path} is damaged: move its folder away, or choose a --results-dir") from error
 
 
-def write_csv(path: Path, rows: list[dict]) -> None:
-    """Replace ``path`` by ``rows`` as CSV with a header; floats keep every digit."""
-    lines = [rows[0], *(row.values() for row in rows)]
-    with replaced(path) as file:
-        file.writelines(f"{','.join(map(str, line))}\n".encode() for line in lines)
-
-
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """Read a file that np.savez wrote, executing nothing in it. Raises ValueError when it cannot be read."""
     try:
         with np.lib.npyio.NpzFile(path, allow_pickle=False) as stored:
             return dict(stored)
-    except (OSError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+    except Exception as error:  # a damaged archive can raise anything
         raise ValueError(str(error)) from error
 
 
 def save_policy(path: Path, actor: list[Layer], bounds: tuple, env: str) -> None:
     """Write a trained actor: for each layer a bit for each position, the connections' weights and the biases."""
     arrays = {"env": np.array(env), "low": bounds[0], "high": bounds[1]}
-    for index, layer in enumerate(actor):
-        connected = layer.mask.astype(bool)
-        arrays[f"{index}.shape"] = np.array(layer.weight.shape)
-        arrays[f"{index}.topology"] = np.packbits(connected)
-        arrays[f"{index}.weight"] = layer.weight[connected]
-        arrays[f"{index}.bias"] = layer.bias
+    for index, (weight, mask, bias) in enumerate(actor):
+        arrays |= {f"{index}.shape": np.array(weight.shape), f"{index}.topology": np.packbits(mask == 1)}
+        arrays |= {f"{index}.weight": weight[mask == 1], f"{index}.bias": bias}
     with replaced(path) as file:
         np.savez(file, **arrays)
 
@@ -829,14 +765,13 @@ def save_policy(path: Path, actor: list[Layer], bounds: tuple, env: str) -> None
 def read_policy(path: Path, env: str) -> tuple[list[Layer], Tensor, Tensor]:
     """Read the layers and bounds [actions] of a policy for ``env``. Raises InputError when it is none."""
     try:
-        arrays = read_arrays(path)
-        layers = []
+        arrays, layers = read_arrays(path), []
         for index in range(sum(name.endswith(".shape") for name in arrays)):
-            shape = tuple(arrays[f"{index}.shape"])
-            mask = torch.from_numpy(np.unpackbits(arrays[f"{index}.topology"], count=math.prod(shape)).reshape(shape))
-            weight = torch.zeros(shape)
-            weight[mask == 1] = torch.from_numpy(arrays[f"{index}.weight"])
-            layers.append(Layer(weight, mask, torch.from_numpy(arrays[f"{index}.bias"])))
+            shape, topology, connected, bias = (arrays[f"{index}.{n}"] for n in ("shape", "topology", "weight", "bias"))
+            mask = np.unpackbits(topology, count=math.prod(shape)).reshape(shape)
+            weight = np.zeros(shape, np.float32)
+            weight[mask == 1] = connected
+            layers.append(Layer(*map(torch.from_numpy, (weight, mask, bias))))
         if (trained_for := str(arrays["env"])) != env:
             raise InputError(f"{path} holds a policy for {trained_for}, not for {env}")
         return layers, torch.from_numpy(arrays["low"]), torch.from_numpy(arrays["high"])
@@ -857,93 +792,85 @@ def provenance() -> dict:
     with suppress(OSError, subprocess.CalledProcessError):
         answers = [subprocess.run([*git, *q], capture_output=True, text=True, check=True).stdout for q in questions]
         commit = answers[0].strip() + ("-dirty" if answers[1] else "")
-    models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]
-    versions = {n: sys.modules[n].__version__ for n in ("torch", "gymnasium", "numpy", "mujoco") if n in sys.modules}
-    processor = models[0].split(":")[1].strip() if models else platform.processor()
+    packages = filter(importlib.util.find_spec, ("torch", "gymnasium", "mujoco", "numpy", "numba", "llvmlite", "scipy"))
+    versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
+    cpuinfo = Path("/proc/cpuinfo")  # Linux alone has it
+    models = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
+    processor = models[0] if models else platform.processor()
     machine = {"processor": processor, "cores": os.cpu_count(), "system": platform.platform()}
-    return {"versions": {"python": platform.python_version()} | versions, "commit": commit, "machine": machine}
+    return {"versions": versions, "commit": commit, "machine": machine}
 
 
-class RunDirectory:
-    """The folder of a run, RESULTS_DIR/ENV/VARIANT/seedN: what it was begun with, its lock, whether it is finished."""
+# --- Run --------------------------------------------------------------------------------------------------------------
+def resolve(args: Arguments) -> Arguments:
+    """Fill in what is left open: the engine, and the number of connections (the paper's lambda, or half of all).
 
-    def __init__(self, args: Arguments):
-        self.path = args.results_dir / args.env.replace("/", "-") / variant(args) / f"seed{args.seed}"
-        self.config = self.path / "config.json"
-        self.arguments, self.defaults, self.id = self._stored(args), self._stored(type(args)()), None
-
-    @staticmethod
-    def _stored(args: Arguments) -> dict:
-        values = {k: v for k, v in dataclasses.asdict(args).items() if k not in args.PRESENTATION}
-        if args.initial_policy is not None:
-            with suppress(OSError):  # what counts is its content; where that cannot be read, making the run fails
-                content = zlib.crc32(args.initial_policy.read_bytes())
-                values["initial_policy"] = f"{args.initial_policy.name} {content:x}"
-        return json.loads(json.dumps(values, default=str))
-
-    def begun_with(self) -> dict:
-        """Return the arguments of the run that is here, if any; those added since are at their defaults."""
-        try:
-            return self.defaults | read_json(self.config, "arguments") if self.config.exists() else {}
-        except PermissionError as error:
-            raise InputError(f"cannot use {self.path}: {error.strerror}") from error
-
-    def require_writable(self) -> None:
-        """Raise InputError where the directory cannot be written, or made."""
-        there = next(path for path in (self.path, *self.path.parents) if path.exists())
-        if not (there.is_dir() and os.access(there, os.W_OK)):
-            raise InputError(f"cannot use {self.path}: {there} is no folder that can be written")
-
-    def require_same_arguments(self) -> None:
-        """Raise InputError where a run that was begun with other arguments is here."""
-        begun, ours = self.begun_with(), self.arguments
-        if differing := [name for name in begun if begun[name] != ours.get(name)]:
-            pairs = ", ".join(f"{name} {begun[name]} there and {ours.get(name)} here" for name in differing)
-            raise InputError(f"{self.path} has a run with other arguments ({pairs}): choose another --results-dir")
-
-    @contextmanager
-    def opened(self):
-        """Make the directory and keep others out. Raises InputError when it is in use, unusable or of another run."""
-        with ExitStack() as stack:
-            try:
-                self.path.mkdir(parents=True, exist_ok=True)
-                lock = stack.enter_context(open(self.path / "lock", "w"))
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise InputError(f"another process is training in {self.path}") from error
-            except OSError as error:
-                raise InputError(f"cannot use {self.path}: {error.strerror}") from error
-            if not self.config.exists():
-                write_json(self.config, {"id": os.urandom(4).hex(), "arguments": self.arguments, **provenance()})
-            self.require_same_arguments()
-            self.id = json.loads(self.config.read_text()).get("id")
-            yield
-
-    def resumed(self, step: int) -> None:
-        """Where commit, versions or machine are not those of the run so far, say so and add them to its file."""
-        config, now = json.loads(self.config.read_text()), provenance()
-        sessions = config.get("resumed", [])
-        if any(now[key] != [config, *sessions][-1].get(key) for key in now):
-            print(f"from step {step:,} on, another commit, other versions or another machine make this run")
-            write_json(self.config, config | {"resumed": [*sessions, {"step": step, **now}]})
-
-    @property
-    def finished(self) -> bool:
-        """Whether the run is done. Raises InputError when its summary is damaged."""
-        summary = self.path / "summary.json"
-        return summary.exists() and read_json(summary, "steps") > 0
-
-    def snapshot(self, step: int) -> Path:
-        """Return where the policy after ``step`` steps is kept, if asked for."""
-        return self.path / f"policy-{step}.npz"
-
-    def remove_working_files(self) -> None:
-        """Remove what only an unfinished run needs."""
-        for name in ("checkpoint.npz", "transitions.bin", "lock"):
-            (self.path / name).unlink(missing_ok=True)
+    Raises InputError where the sparse engine is asked for and cannot be had.
+    """
+    needed = ("sparse_engine", "numba", "scipy", "threadpoolctl")
+    fits = args.device == "cpu" and all(map(importlib.util.find_spec, needed))
+    if args.engine == "sparse" and not fits:
+        raise InputError(f"--engine sparse needs a CPU and the packages {', '.join(needed)}: choose --engine masked")
+    if args.engine == "auto":
+        args = dataclasses.replace(args, engine="sparse" if fits else "masked")
+    if args.dense or args.sparsity is not None or args.er_lambda is not None:
+        return args
+    if args.hidden == (256, 256) and args.env in args.PAPER_LAMBDA:
+        return dataclasses.replace(args, er_lambda=args.PAPER_LAMBDA[args.env])
+    return dataclasses.replace(args, sparsity=0.5)
 
 
-# --- Training ---------------------------------------------------------------------------------------------------------
+def run_name(args: Arguments) -> str:
+    """Name resolved arguments by their method and what differs from the paper's setting: "ds-td3_sparsity=0.8"."""
+    papers, unnamed = resolve(args.papers()), ("env", "method", "seed", "device", "engine", "threads")
+    names: list[str] = []  # an argument that a variant declares anew is named in the variant's place
+    for kind in type(args).__mro__:
+        names = [name for name in vars(kind).get("__annotations__", ()) if name not in names] + names
+    name = args.method
+    for field in names:
+        value = getattr(args, field)
+        if field not in (*unnamed, *args.PRESENTATION) and value is not None and value != getattr(papers, field):
+            value = ",".join(f"{v:g}" for v in value) if isinstance(value, tuple) else value
+            name += f"_{field.replace('_', '-')}={value.stem if isinstance(value, Path) else value}"
+    return name
+
+
+def run_directory(args: Arguments) -> Path:
+    """Return the folder of a run of resolved arguments."""
+    return args.results_dir / args.env.replace("/", "-") / run_name(args) / f"seed{args.seed}"
+
+
+def arguments_to_store(args: Arguments) -> dict:
+    """Return those arguments that change what a run computes, as JSON has them; a policy counts by its content."""
+    values = {k: v for k, v in dataclasses.asdict(args).items() if k not in args.PRESENTATION}
+    if (given := args.initial_policy) is not None:
+        with suppress(OSError):  # a policy that cannot be read fails where the run is made
+            values["initial_policy"] = f"{given.name} {zlib.crc32(given.read_bytes()):x}"
+    return json.loads(json.dumps(values, default=str))
+
+
+def is_finished(args: Arguments) -> bool:
+    """Tell whether a run is done. Raises InputError where its folder is damaged or has a run of other arguments."""
+    config, summary = (run_directory(args) / name for name in ("config.json", "summary.json"))
+    begun, ours = read_json(config, "arguments") if config.exists() else {}, arguments_to_store(args)
+    if differing := [name for name in ours if begun.get(name, ours[name]) != ours[name]]:
+        pairs = ", ".join(f"{name} {begun[name]} there and {ours[name]} here" for name in differing)
+        raise InputError(f"{config.parent} has a run with other arguments ({pairs}): choose another --results-dir")
+    return summary.exists() and read_json(summary, "steps") > 0
+
+
+def lock(directory: Path) -> IO:
+    """Make a run's directory and open a file there that keeps others out. Raises InputError where that cannot be."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        file = open(directory / "lock", "w")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return file
+    except OSError as error:
+        reason = "another process is training there" if isinstance(error, BlockingIOError) else error.strerror
+        raise InputError(f"cannot use {directory}: {reason}") from error
+
+
 class Run:
     """A training run: everything that changes while it goes on, and the checkpoints that bring it back.
 
@@ -951,22 +878,21 @@ class Run:
     counter), but an episode begins from its random generator alone. All else is drawn from one numpy generator.
     """
 
-    def __init__(self, args: Arguments, directory: RunDirectory):
-        self.args, self.directory = args, directory
+    def __init__(self, args: Arguments):
+        self.args, self.directory = args, run_directory(args)
+        self.checkpoint, self.transitions = self.directory / "checkpoint.npz", self.directory / "transitions.bin"
         self.rng = np.random.default_rng(args.seed)
         self.env, self.evaluation_env = make_environment(args.env), make_environment(args.env)
-        observations, actions = self.env.observation_space.shape[0], self.env.action_space
-        self.bounds = (actions.low.astype(np.float32), actions.high.astype(np.float32))
-        actor_sizes, critic_sizes = network_sizes(self.env, args)
-        actor, critics = initial_layers(*actor_sizes, self.rng), initial_layers(*critic_sizes, self.rng, networks=(2,))
-        self.costs = count_costs(self.env, args)
-        self.buffer = ReplayBuffer(min(args.buffer_size, args.total_timesteps), observations, actions.shape[0])
-        self.written, self.written_crc = 0, 0  # transitions on disk, and their checksum
+        self.bounds = tuple(b.astype(np.float32) for b in (self.env.action_space.low, self.env.action_space.high))
+        self.costs, (actor, critic) = count_costs(self.env, args), network_sizes(self.env, args)
+        networks = initial_layers(*actor, self.rng), initial_layers(*critic, self.rng, networks=(2,))
+        self.initial_masks = [[layer.mask == 1 for layer in layers[:-1]] for layers in networks]
+        self.buffer = make_buffer(self.env, args)
         self.initial_policy = load_policy(args.initial_policy, args.env) if args.initial_policy else None
-        self.agent = args.agent_class()(actor, critics, self.bounds, args)  # last: this may compile for minutes
+        self.agent = args.make_agent(*networks, self.bounds)  # last: this may compile for some seconds
         self.step, self.saved_step = 0, 0
         self.tables: dict[str, list[dict]] = {"evaluations": [], "timing": [], "topology": []}
-        self.seconds = {"training": 0.0, "evaluation": 0.0}
+        self.seconds = {"training_seconds": 0.0, "evaluation_seconds": 0.0}
         self.env.reset(seed=args.seed)  # seeds its generator, from whose state the first episode begins
         self.begin_episode()
 
@@ -978,112 +904,100 @@ class Run:
 
     def advance(self) -> None:
         """Take one environment step and learn from it. Raises RunError when that fails."""
-        started = time.perf_counter()
-        observation, action = self.observation, self._action(self.observation)
+        started, observation, first = time.perf_counter(), self.observation, self.step < self.args.learning_starts
+        if first and self.initial_policy is None:
+            action = self.rng.uniform(*self.bounds).astype(np.float32)
+        else:
+            action = self.agent.explore(observation, self.rng, self.initial_policy if first else None)
         self.observation, reward, terminated, truncated, _ = self.env.step(action)
         self.buffer.add(Batch(observation, action, [reward], self.observation, [terminated]))
         self.step, self.between_episodes = self.step + 1, False
-        if self.buffer.added - self.written == len(self.buffer.rows):  # before they are overwritten
-            self._write_transitions()
+        if self.buffer.added - self.buffer.saved == len(self.buffer.rows):  # before they are overwritten
+            self.buffer.save(self.transitions)
         if terminated or truncated:
             self.begin_episode()
         if self.step > self.args.learning_starts:
             self.agent.learn(self.buffer, self.step, self.rng)
-        self.seconds["training"] += time.perf_counter() - started
-
-    def _action(self, observation: np.ndarray) -> np.ndarray:
-        """Return a random action at first (or the initial policy's, with noise), then one that the agent explores."""
-        if self.step >= self.args.learning_starts:
-            return self.agent.explore(observation, self.rng)
-        if self.initial_policy is not None:
-            return self.agent.explore(observation, self.rng, self.initial_policy)
-        return self.rng.uniform(*self.bounds).astype(np.float32)
+        self.seconds["training_seconds"] += time.perf_counter() - started
 
     def evaluate(self) -> dict:
         """Evaluate the policy, extend the tables, write them, and return the evaluation's row."""
-        started = time.perf_counter()
-        episodes = evaluate(self.agent.act, self.evaluation_env, self.args.eval_episodes, self.args.evaluation_seed)
+        started, args = time.perf_counter(), self.args
+        episodes = evaluate(self.agent.act, self.evaluation_env, args.eval_episodes, args.seed + 100)
         returns, lengths = zip(*episodes, strict=True)
-        self.seconds["evaluation"] += time.perf_counter() - started
+        self.seconds["evaluation_seconds"] += time.perf_counter() - started
         row = {"step": self.step, "return_mean": float(np.mean(returns)), "return_std": float(np.std(returns))}
         row |= {"return_min": min(returns), "return_max": max(returns), "length_mean": float(np.mean(lengths))}
-        seconds = {f"{name}_seconds": round(value, 3) for name, value in self.seconds.items()}
         self.tables["evaluations"].append(row)
-        self.tables["timing"].append({"step": self.step, **seconds})
-        if self.args.adapts:
-            self.tables["topology"] += self._topology_rows()
+        self.tables["timing"].append({"step": self.step} | {name: round(s, 3) for name, s in self.seconds.items()})
+        self.tables["topology"] += self._topology_rows() if args.adapts else []
         for name, rows in self.tables.items():
             if rows:
-                write_csv(self.directory.path / f"{name}.csv", rows)
+                with replaced(self.directory / f"{name}.csv") as file:
+                    file.writelines(
+                        f"{','.join(map(str, line))}\n".encode() for line in [rows[0], *map(dict.values, rows)]
+                    )
         return row
 
     def _topology_rows(self) -> Iterator[dict]:
         """Describe how far the actor's and the first critic's topologies have moved from their first ones."""
-        for name, network in self.agent.networks.items():
-            for layer, (mask, initial) in enumerate(network.topologies(), start=1):
-                alive = float((mask * initial).sum() / initial.sum())
-                inputs = " ".join(map(str, mask.sum(-1).astype(int))) if layer == 1 else ""
-                row = {"step": self.step, "network": name, "layer": layer}
+        for (name, network), initial_masks in zip(self.agent.networks.items(), self.initial_masks, strict=True):
+            for number, (layer, initial) in enumerate(
+                zip(network.layer_arrays(), initial_masks, strict=False), start=1
+            ):
+                mask, initial = (array.reshape(-1, *array.shape[-2:])[0] for array in (layer[1], initial))
+                inputs = " ".join(map(str, mask.sum(-1).astype(int))) if number == 1 else ""
+                row = {"step": self.step, "network": name, "layer": number}
+                alive = float((mask * initial).sum() / initial.sum(dtype=np.float32))
                 yield {**row, "initial_connections_alive": alive, "connections_per_input": inputs}
 
     def save(self) -> None:
         """Write a checkpoint. Until its last moment the previous one stays whole, whatever happens."""
-        self._write_transitions()
-        state = {"run": self.directory.id, "step": self.step, "transitions_crc": self.written_crc}
+        self.buffer.save(self.transitions)
+        state = {"arguments": arguments_to_store(self.args), "step": self.step, "checksum": self.buffer.checksum}
         state |= {"rng": self.rng.bit_generator.state, "episode_rng": self.episode_rng}
         state |= {"tables": self.tables, "seconds": self.seconds}
-        with replaced(self.directory.path / "checkpoint.npz") as file:
-            np.savez(file, state=np.array(json.dumps(state)), observation=self.observation, **self.agent.state())
+        with replaced(self.checkpoint) as file:
+            np.savez(file, state=np.array(json.dumps(state)), observation=self.observation, **self.agent.state_dict())
         self.saved_step = self.step
-
-    def _write_transitions(self) -> None:
-        """Write the new transitions behind those on disk, over what a killed run left there after its checkpoint."""
-        rows, path = self.buffer.rows, self.directory.path / "transitions.bin"
-        new = rows[np.arange(self.written, self.buffer.added) % len(rows)]
-        with writing(path), open(path, "ab") as file:
-            file.truncate(self.written * rows[0].nbytes)
-            file.write(new)
-            file.flush()
-            os.fsync(file.fileno())
-        self.written, self.written_crc = self.buffer.added, zlib.crc32(new, self.written_crc)
 
     def load(self) -> None:
         """Return to the last checkpoint, if any. Raises InputError when it is damaged or of another run."""
-        path = self.directory.path / "checkpoint.npz"
-        if not path.exists():
+        if not self.checkpoint.exists():
             return
         try:
-            arrays = read_arrays(path)
+            arrays = read_arrays(self.checkpoint)
             state = json.loads(str(arrays["state"]))
-            if state["run"] != self.directory.id:
+            if state["arguments"] != arguments_to_store(self.args):
                 raise ValueError("it belongs to another run")
-            self.agent.load_state(arrays)
-            self._read_transitions(state["step"], state["transitions_crc"])
+            self.agent.load_state_dict(arrays)
+            self.buffer.load(self.transitions, state["step"], state["checksum"])
             self.rng.bit_generator.state = state["rng"]
-            self.tables, self.seconds = state["tables"], state["seconds"]
             self.env.unwrapped.np_random.bit_generator.state = state["episode_rng"]
+            self.tables, self.seconds, self.step = state["tables"], state["seconds"], state["step"]
         except (OSError, KeyError, ValueError) as error:
-            raise InputError(f"{path} cannot be resumed: {error}; move the folder away to start afresh") from error
+            reason = f"cannot be resumed: {error}; move the folder away to start afresh"
+            raise InputError(f"{self.checkpoint} {reason}") from error
+        self.saved_step = self.step
         self.begin_episode()
         if not np.array_equal(self.observation, arrays["observation"]):
             reason = "begins an episode otherwise than before (not all its randomness comes from self.np_random)"
             raise RunError(f"{self.args.env} {reason}, so the run cannot be resumed")
-        self.step, self.saved_step = state["step"], state["step"]
-        self.directory.resumed(self.step)
 
-    def _read_transitions(self, count: int, crc: int) -> None:
-        """Fill the buffer from disk. Raises ValueError when the file is damaged."""
-        stored = np.memmap(self.directory.path / "transitions.bin", mode="r")[: count * self.buffer.rows[0].nbytes]
-        if zlib.crc32(stored) != crc:
-            raise ValueError("transitions.bin beside it is damaged")
-        rows = stored.view(np.float32).reshape(count, -1)
-        kept = np.arange(max(0, count - len(self.buffer.rows)), count)
-        self.buffer.rows[kept % len(self.buffer.rows)] = rows[kept]
-        self.buffer.added, self.written, self.written_crc = count, count, crc
+    def note_provenance(self) -> None:
+        """Note in config.json what the run is made with, and where it goes on with something else."""
+        path, now = self.directory / "config.json", provenance()
+        if not path.exists():
+            write_json(path, {"id": os.urandom(4).hex(), "arguments": arguments_to_store(self.args), **now})
+        config = json.loads(path.read_text())
+        parts = [config, *config.get("resumed", [])]
+        if any(now[key] != parts[-1].get(key) for key in now):
+            print(f"from step {self.step:,} on, another commit, other versions or another machine make this run")
+            write_json(path, config | {"resumed": [*parts[1:], {"step": self.step, **now}]})
 
-    def save_policy(self, path: Path) -> None:
+    def save_policy(self, name: str) -> None:
         """Write the policy so far."""
-        save_policy(path, self.agent.policy_layers(), self.bounds, self.args.env)
+        save_policy(self.directory / name, self.agent.policy_layers(), self.bounds, self.args.env)
 
     def finish(self) -> dict:
         """Write the trained policy and the summary, remove what only an unfinished run needs, return the summary."""
@@ -1091,129 +1005,92 @@ class Run:
         lca = learning_curve_area(returns, self.args.eval_interval, self.args.total_timesteps)
         trained = returns[1:]  # the first evaluation is of the untrained policy, and in a short run among the last ten
         summary = self.costs | {"final_return": float(np.mean(trained[-10:])), "lca": lca, "evaluations": len(returns)}
-        summary |= {"steps": self.step} | {f"{name}_seconds": round(value, 1) for name, value in self.seconds.items()}
+        summary |= {"steps": self.step} | {name: round(value, 1) for name, value in self.seconds.items()}
         summary |= {"peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
-        self.save_policy(self.directory.path / "policy.npz")
-        write_json(self.directory.path / "summary.json", summary)
-        self.directory.remove_working_files()
+        self.save_policy("policy.npz")
+        write_json(self.directory / "summary.json", summary)
+        for path in (self.checkpoint, self.transitions, self.directory / "lock"):
+            path.unlink(missing_ok=True)
         return summary
 
 
-def remember_stop_signals() -> list[signal.Signals]:
-    """Return a list that Ctrl-C and SIGTERM (as Slurm sends) go to from now on; a second one stops at once."""
-    received: list[signal.Signals] = []
-
-    def remember(number: int, frame) -> None:
-        received.append(signal.Signals(number))
-        signal.signal(number, signal.SIG_DFL)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, remember)
-    return received
-
-
 class Progress:
-    """Shows how a run goes, as a bar on a terminal and else as a line at each evaluation, and logs it where asked."""
+    """Shows how a run goes, as a bar on a terminal and as a line at each evaluation, and logs it where asked."""
 
-    def __init__(self, run: Run):
-        self.run, self.closing, self.writer = run, ExitStack(), None
-        args, directory = run.args, run.directory
+    def __init__(self, run: Run, closing: ExitStack):
+        self.run, self.writer, args, directory = run, None, run.args, run.directory
         if args.track:
             import wandb
 
-            options = {"project": "dst-rl", "name": "-".join(directory.path.parts[-3:]), "config": directory.arguments}
-            self.closing.callback(wandb.init(**options, id=directory.id, resume="allow", sync_tensorboard=True).finish)
+            name, run_id = "-".join(directory.parts[-3:]), read_json(directory / "config.json", "id")
+            options = {"project": "dst-rl", "name": name, "config": arguments_to_store(args), "sync_tensorboard": True}
+            closing.callback(wandb.init(**options, id=run_id, resume="allow").finish)
         if args.tensorboard or args.track:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = SummaryWriter(directory.path / "tensorboard", purge_step=run.step + 1)
-            self.closing.callback(self.writer.close)
-        self.shown, self.shown_at = run.step, time.perf_counter()  # at the last line
-        name = f"{args.env} {variant(args)} seed {args.seed}, {args.engine} engine on {args.device}"
+            self.writer = closing.enter_context(SummaryWriter(directory / "tensorboard", purge_step=run.step + 1))
+        name = f"{args.env} {run_name(args)} seed {args.seed}, {args.engine} engine on {args.device}"
         print(f"{name}: step {run.step:,} of {args.total_timesteps:,}", flush=True)
-        layout = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} {rate_fmt} {remaining} left{postfix}"
-        options = {"initial": run.step, "unit_scale": True, "bar_format": layout, "disable": None}
-        self.bar = self.closing.enter_context(tqdm(total=args.total_timesteps, unit=" steps", **options))
+        options = {"initial": run.step, "unit": " steps", "unit_scale": True, "leave": False, "disable": None}
+        self.bar = closing.enter_context(tqdm(total=args.total_timesteps, **options))
+        self.shown, self.shown_at = run.step, time.perf_counter()  # at the last line
 
     def evaluated(self, row: dict) -> None:
         """Show and log an evaluation's row of the table, and log the losses of the last update."""
-        step, mean, std, sparsity = row["step"], row["return_mean"], row["return_std"], self.run.costs["sparsity"]
-        if self.writer:
-            for name, value in (row | self.run.agent.losses).items():
-                self.writer.add_scalar(name, value, step)
-        self.bar.set_postfix_str(f"return {mean:.0f}, sparsity {sparsity:.2f}")
-        if self.bar.disable:
-            now, args = time.perf_counter(), self.run.args
-            # Steps before the first update are many times faster, and tell nothing of the time that is left.
-            layout = "  {rate_fmt}" + "  {remaining} left" * (step > args.learning_starts)
-            since = {"elapsed": now - self.shown_at, "initial": self.shown, "unit": " steps", "bar_format": layout}
-            speed = tqdm.format_meter(step, args.total_timesteps, **since) if step > self.shown else ""
-            print(f"step {step:>9,}  return {mean:9.1f} +- {std:7.1f}  sparsity {sparsity:.2f}{speed}", flush=True)
-            self.shown, self.shown_at = step, now
-
-
-def advance_to_the_end(run: Run, progress: Progress, stop_signals: list[signal.Signals]) -> None:
-    """Train until all steps are made, or a signal says stop and a checkpoint is written; evaluate on the way."""
-    args = run.args
-    if not run.tables["evaluations"]:
-        progress.evaluated(run.evaluate())
-    while run.step < args.total_timesteps:
-        run.advance()
-        progress.bar.update()
-        if run.step % args.eval_interval == 0 or run.step == args.total_timesteps:
-            progress.evaluated(run.evaluate())
-        if run.step in args.snapshot_at:
-            run.save_policy(run.directory.snapshot(run.step))
-        due = stop_signals or run.step - run.saved_step >= args.checkpoint_interval
-        if due and run.between_episodes:
-            run.save()
-            if stop_signals:
-                return
+        step, now, args, sparsity = row["step"], time.perf_counter(), self.run.args, self.run.costs["sparsity"]
+        line = f"step {step:>9,}  return {row['return_mean']:9.1f} +- {row['return_std']:7.1f}  sparsity {sparsity:.2f}"
+        if step > self.shown:
+            speed = (step - self.shown) / (now - self.shown_at)
+            line += f"  {speed:,.0f} steps/s"
+            if step > args.learning_starts:  # steps before the first update are many times faster
+                line += f"  {timedelta(seconds=round((args.total_timesteps - step) / speed))} left"
+        tqdm.write(line)
+        self.shown, self.shown_at = step, now
+        for name, value in (row | self.run.agent.losses).items() if self.writer else ():
+            self.writer.add_scalar(name, value, step)
 
 
 def train(args: Arguments) -> int:
     """Train, or go on training, as resolved arguments say. Returns the exit code; raises InputError and RunError."""
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)  # what decays towards zero becomes denormal, which slows a CPU many times over
-    directory = RunDirectory(args)
-    directory.require_same_arguments()
-    directory.require_writable()
-    # Making a run may compile, for minutes: one that is finished, or another's, need not. Only the lock makes it sure.
-    run = None if directory.finished else Run(args, directory)
-    with directory.opened():
-        finished = directory.finished
-        if not finished:
-            run.load()
-        step = args.total_timesteps if finished else run.step
-        for late in (s for s in args.snapshot_at if s <= step and not directory.snapshot(s).exists()):
-            print(f"--snapshot-at {late} comes too late: {directory.path} is at step {step:,}")
-        if finished:
-            directory.remove_working_files()
-            print(f"{directory.path} is finished already: another --seed or --results-dir makes a new run")
-            return 0
-        stop_signals, progress = remember_stop_signals(), Progress(run)
+    directory, stopped = run_directory(args), []
+    if is_finished(args):
+        print(f"{directory} is finished already: another --seed or --results-dir makes a new run")
+        return 0
+
+    def stop(number: int, frame) -> None:
+        stopped.append(signal.Signals(number))
+        signal.signal(number, signal.SIG_DFL)  # a second one stops at once
+
+    run = Run(args)
+    with lock(directory), ExitStack() as closing:
+        run.load()
+        run.note_provenance()
+        for number in (signal.SIGINT, signal.SIGTERM):  # the latter is Slurm's
+            signal.signal(number, stop)
+        progress = Progress(run, closing)
         try:
-            with progress.closing:
-                advance_to_the_end(run, progress, stop_signals)
-            if run.step < args.total_timesteps:
-                print(f"stopped by {stop_signals[0].name} at step {run.step:,}: the same command goes on from there")
-                return 128 + stop_signals[0]
+            if not run.tables["evaluations"]:
+                progress.evaluated(run.evaluate())
+            while run.step < args.total_timesteps:
+                run.advance()
+                progress.bar.update()
+                if run.step % args.eval_interval == 0 or run.step == args.total_timesteps:
+                    progress.evaluated(run.evaluate())
+                if run.step in args.snapshot_at:
+                    run.save_policy(f"policy-{run.step}.npz")
+                if run.between_episodes and (stopped or run.step - run.saved_step >= args.checkpoint_interval):
+                    run.save()
+                    if stopped:
+                        print(f"stopped by {stopped[0].name} at step {run.step:,}: the same command goes on from there")
+                        return 128 + stopped[0]
             summary = run.finish()
         except RunError as error:
             raise RunError(f"after step {run.step:,}: {error}; the command goes on from {run.saved_step:,}") from error
-    print(f"final return {summary['final_return']:.1f}, LCA {summary['lca']:.4f}: {directory.path}")
-    print(f"to see it: python watch.py {directory.path}")
+    print(f"final return {summary['final_return']:.1f}, LCA {summary['lca']:.4f}: {directory}")
+    print(f"to see it: python watch.py {directory}")
     return 0
-
-
-def start(args: Arguments) -> int:
-    """Train, or with ``--describe`` only say what, and return the exit code. Raises InputError and RunError."""
-    args.validate()
-    args = resolve(args)
-    if args.describe:
-        print(describe(make_environment(args.env), args))
-        return 0
-    return train(args)
 
 
 def command_line(program: Callable[[str], int | None]) -> int:
@@ -1230,9 +1107,18 @@ def command_line(program: Callable[[str], int | None]) -> int:
 
 def main(arguments: type[Arguments] = Arguments) -> int:
     """Run the command line of an algorithm and return its exit code."""
-    return command_line(lambda name: start(tyro.cli(arguments, prog=name)))
+
+    def program(name: str) -> int | None:
+        for option in (word.partition("=")[0].replace("_", "-") for word in sys.argv[1:]):
+            if option in arguments.MOVED:
+                raise InputError(f"{option} is an option of {arguments.MOVED[option]}")
+        args = tyro.cli(arguments, prog=name)
+        args.validate()
+        args = resolve(args)
+        return print(describe(make_environment(args.env), args)) if args.describe else train(args)
+
+    return command_line(program)
 
 
 if __name__ == "__main__":
-    sys.modules["dst_td3"] = sys.modules["__main__"]  # the module that sparse_engine imports is this one
     sys.exit(main())

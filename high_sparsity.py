@@ -1,0 +1,161 @@
+"""Agents at sparsity 0.9 and above: what the paper has not, as a variant of DS-TD3.
+
+``python high_sparsity.py --env Ant-v4 --sparsity 0.9`` trains with all four parts; each can be set by an argument.
+
+1. A sparse layer's weights take larger steps: Adam's, times density ** -0.5. A unit with a tenth of the inputs moves a
+   tenth as far in one step of the same size (with exponent 1 it is SμPar, arXiv 2405.15743).
+2. Two updates a step.
+3. Connections are dropped by contribution, their weight times the standard deviation of their input. A velocity that
+   reaches ten moves a unit by a small weight as far as an angle does by a large one: magnitude alone takes its
+   connections away. After Wanda (arXiv 2306.11695), which measures by the norm.
+4. Dormant units are drawn anew (ReDo, arXiv 2302.12902): a unit that nothing activates has no gradient, weight decay
+   takes its weights to zero, and connections grown into it stay there.
+
+``results/high-sparsity.md`` says what each part is worth.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from numpy.random import Generator
+from torch import Tensor
+
+from dst_td3 import (
+    TD3,
+    Arguments,
+    InputError,
+    Layer,
+    MaskedEngine,
+    MaskedNetwork,
+    ReplayBuffer,
+    forward,
+    initial_values,
+    main,
+)
+
+DORMANT = 1e-6  # magnitude below which all incoming weights of a unit together show that it has died
+CONTRIBUTION_SAMPLES = 1000  # transitions over which contributions are measured; a batch of 100 gained less on Ant
+
+
+# --- Arguments --------------------------------------------------------------------------------------------------------
+@dataclasses.dataclass(frozen=True)
+class HighSparsityArguments(Arguments):
+    """Train a TD3 agent at high sparsity. Defaults are the recipe; the other arguments are those of dst_td3.py."""
+
+    drop_by: Literal["magnitude", "contribution"] | None = None
+    """drop the smallest weights, as the paper, or the smallest products of weight and its input's standard deviation
+    (default: contribution, where the method drops anything)"""
+    recycle_dormant: bool = True  # draw hidden units anew that have died, when an adaptation is due (ReDo)
+    updates_per_step: int = 2  # update-to-data ratio: critic updates after each environment step
+    step_exponent: float = 0.5  # a sparse layer learns at density ** -step_exponent times the learning rate
+
+    MOVED: ClassVar = {"--dense-moments": "dense_moments.py"}
+
+    def __post_init__(self):
+        if self.drop_by is None:
+            object.__setattr__(self, "drop_by", "contribution" if self.adapts else "magnitude")
+
+    def papers(self) -> "HighSparsityArguments":
+        """Return the paper's setting of this environment and method; a run's name says what differs from it."""
+        papers = {"drop_by": "magnitude", "recycle_dormant": False, "updates_per_step": 1, "step_exponent": 0.0}
+        return type(self)(env=self.env, method=self.method, **papers)
+
+    def validate(self) -> None:
+        """Raise InputError for the first argument that no run can use."""
+        super().validate()
+        self._require(0 <= self.step_exponent <= 1, "step_exponent", "between 0 and 1")
+        if self.recycle_dormant and not self.weight_decay:
+            raise InputError("--weight-decay must be positive with --recycle-dormant: decay shows that a unit is dead")
+        if self.drop_by == "contribution" and not self.adapts:
+            raise InputError(f"--drop-by contribution needs a method that drops connections, not {self.method}")
+
+    def make_agent(self, actor: list[Layer], critics: list[Layer], bounds: tuple) -> TD3:
+        """Return the agent to train."""
+        return HighSparsityTD3(self.make_engine(actor, critics, bounds, HighSparsityMaskedEngine), bounds, self)
+
+
+# --- Agent ------------------------------------------------------------------------------------------------------------
+class HighSparsityTD3(TD3):
+    """TD3 with the recipe, on an engine whose networks do ``scale_steps``, ``contributions`` and ``redraw_dormant``."""
+
+    def __init__(self, engine, bounds: tuple[np.ndarray, np.ndarray], args: HighSparsityArguments):
+        super().__init__(engine, bounds, args)
+        for network in self.networks.values():
+            masks = [mask for _, mask, _ in network.layer_arrays()]
+            network.scale_steps([float(mask.sum() / mask.size) ** -args.step_exponent for mask in masks])
+
+    def adapt(self, network, buffer: ReplayBuffer, rng: Generator) -> None:
+        """Adapt the topology of a network, then draw its dormant units anew."""
+        super().adapt(network, buffer, rng)
+        if self.args.recycle_dormant:
+            network.redraw_dormant(rng, initial_values, DORMANT)
+
+    def scores(self, network, buffer: ReplayBuffer, rng: Generator) -> tuple[list | None, list | None]:
+        """Return each connection's contribution as its drop score, and no growth scores."""
+        if self.args.drop_by == "magnitude":
+            return None, None
+        return network.contributions(buffer.rows[buffer.draw(CONTRIBUTION_SAMPLES, rng)]), None
+
+
+# --- Masked engine ----------------------------------------------------------------------------------------------------
+def contributions(layers: list[Layer], x: Tensor) -> list[Tensor]:
+    """Return the weights of each layer but the last, times the standard deviations of the inputs that they weigh.
+
+    Those are over ``x`` [..., batch, inputs].
+    """
+    scores = []
+    for layer in layers[:-1]:
+        change = x - x[..., :1, :]  # so that an input that never changes deviates by exactly zero in either engine
+        scores.append(layer.weight * change.std(dim=-2, correction=0).unsqueeze(-1))
+        x = torch.relu(forward([layer], x))
+    return scores
+
+
+class HighSparsityNetwork(MaskedNetwork):
+    """A masked network with what the recipe asks of it; ``SparseNetwork`` has the same methods."""
+
+    def scale_steps(self, scales: list[float]) -> None:
+        """Multiply the steps of Adam in the weights of each layer by one of ``scales``."""
+        (group,) = self.optimizer.param_groups
+        scaled = [
+            group | {"params": [layer.weight], "lr": group["lr"] * scale}
+            for layer, scale in zip(self.layers, scales, strict=True)
+        ]
+        self.optimizer.param_groups = [group | {"params": [layer.bias for layer in self.layers]}, *scaled]
+
+    @torch.no_grad()
+    def contributions(self, rows: np.ndarray) -> list[Tensor]:
+        """Return the contributions [..., inputs, outputs] of each sparse layer over ``rows`` [samples, columns].
+
+        The first columns are the network's inputs.
+        """
+        inputs = rows[:, : self.layers[0].weight.shape[-2]]
+        return contributions(self.layers, torch.from_numpy(inputs).to(self.args.device))
+
+    @torch.no_grad()
+    def redraw_dormant(self, rng: Generator, draw: Callable, threshold: float) -> None:
+        """Draw incoming weights and bias of each dormant hidden unit anew, as ``draw(inputs, size, rng)`` has it.
+
+        A unit is dormant when its incoming weights together are below ``threshold`` and no bias opens it. Its outgoing
+        weights have decayed too, so that nothing changes at once.
+        """
+        for layer in self.layers[:-1]:
+            dormant = (layer.weight.abs().sum(-2, keepdim=True) < threshold) & (layer.bias <= 0)
+            for tensor, there in ((layer.weight, dormant & (layer.mask == 1)), (layer.bias, dormant)):
+                tensor[there] = tensor.new_tensor(draw(layer.weight.shape[-2], int(there.sum()), rng))
+                for moment in ("exp_avg", "exp_avg_sq"):
+                    self.optimizer.state[tensor][moment][there] = 0
+
+
+class HighSparsityMaskedEngine(MaskedEngine):
+    """The masked engine on networks that know the recipe."""
+
+    network: ClassVar = HighSparsityNetwork
+
+
+if __name__ == "__main__":
+    sys.exit(main(HighSparsityArguments))
