@@ -1,0 +1,53 @@
+"""What the engines of TD3 and SAC share: two stacks of networks, room for a batch, and kernels compiled beforehand."""
+
+from collections.abc import Callable, Iterator
+
+import numba
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from sparse_engine.kernels import Settings, activations, soft_update
+from sparse_engine.networks import Layer, SparseNetwork
+
+
+class Engine:
+    """An actor and its critics on sparse networks, on one CPU. The first one after an installation compiles kernels.
+
+    ``actor`` and ``critics`` are lists of layers as ``SparseNetwork`` takes them, of one type, float32 or float64, the
+    type of all computation; ``bounds`` (low, high) [actions] are those of the actions.
+    """
+
+    def __init__(
+        self, actor: list[Layer], critics: list[Layer], bounds: tuple, *,
+        batch_size: int, learning_rate: float, weight_decay: float, gamma: float, tau: float, drop_fraction: float
+    ):  # fmt: skip
+        self.dtype = actor[0][0].dtype.type
+        self.actor, self.critics = (SparseNetwork(n, tau=tau, drop_fraction=drop_fraction) for n in (actor, critics))
+        low, high = (np.array(bound, self.dtype) for bound in bounds)
+        self.settings = Settings(low, high, self.dtype(gamma), learning_rate, self.dtype(weight_decay))
+        self._make_room(batch_size)
+        threadpool_limits(1, "blas")  # a run has one thread
+        rows, indices = np.zeros((1, 1), self.dtype), np.zeros(batch_size, np.int64)  # for their types
+        for function, arguments in self._calls(rows[0], (rows, indices), rows):
+            function.compile(tuple(map(numba.typeof, arguments)))
+
+    def _make_room(self, batch_size: int) -> None:
+        self._activations = tuple(activations(network.arrays, batch_size) for network in (self.actor, self.critics))
+
+    def _arguments(self, network: SparseNetwork, batch: tuple[np.ndarray, np.ndarray], *rest) -> tuple:
+        """Return what an update of ``network`` takes; a ``batch`` are the rows of a buffer and indices of some."""
+        if len(batch[1]) != self._activations[0].batch:
+            self._make_room(len(batch[1]))
+        return (
+            self.actor.arrays,
+            self.critics.arrays,
+            *self._activations,
+            *batch,
+            *rest,
+            self.settings,
+            int(network.steps),
+        )
+
+    def _calls(self, observation, batch: tuple, noise: np.ndarray) -> Iterator[tuple[Callable, tuple]]:
+        """Yield the compiled functions that the agent calls, with arguments of the types that they take."""
+        yield soft_update, self.actor.soft_update_arguments()
