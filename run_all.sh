@@ -6,13 +6,12 @@ cd "$(dirname "$0")"
 # bash reads what is between these braces before it begins, so this file may change while it runs for days.
 {
 # The grid of one seed, in the order in which it is made. dst_td3.py makes a row, or dst_sac.py where its method is one of
-# SAC's. Their defaults are the paper's settings, so a row only says what differs, in any options of its program. N% of
-# --snapshot-at and --initial-policy stands for the policy after N % of a run, the paper's 5e5 and 7e5 steps;
-# --initial-policy takes that of the run that is otherwise the same. Several environments stand between commas.
+# SAC's, or high_sparsity.py where the row names it. A row only says what differs from its program's defaults, in any
+# options of that; those of the first two are the paper's settings. N% of --snapshot-at and --initial-policy stands for
+# the policy after N % of a run, the paper's 5e5 and 7e5 steps; --initial-policy takes that of the run that is otherwise
+# the same. Several environments stand between commas.
 four=HalfCheetah-v4,Walker2d-v4,Hopper-v4,Ant-v4
-recipe='--step-exponent 0.5 --updates-per-step 2 --recycle-dormant' # with it agents at 0.9 and above learn better,
-adapting='--drop-by contribution'                                  # and mostly with this, where they adapt
-# shown in                      environment     method      further arguments
+# shown in                      environment     method      program where it is another, further arguments
 grid="
 fig1,tables,fig2,fig4,fig5      HalfCheetah-v4  ds-td3      --snapshot-at 50% 70%
 fig1,tables,fig2,fig3,fig4,fig5 HalfCheetah-v4  td3         --snapshot-at 50% 70%
@@ -39,14 +38,14 @@ fig4                            HalfCheetah-v4  ds-td3      --initial-policy 50%
 fig4                            HalfCheetah-v4  ds-td3      --initial-policy 70%
 fig4                            HalfCheetah-v4  td3         --initial-policy 50%
 fig4                            HalfCheetah-v4  td3         --initial-policy 70%
-fig5                            $four           ds-td3      --sparsity 0.9 $recipe $adapting
-fig5                            $four           ds-td3      --sparsity 0.95 $recipe $adapting
-fig5                            $four           ds-td3      --sparsity 0.9 $recipe
-fig5                            $four           static-td3  --sparsity 0.9 $recipe
+fig5                            $four           ds-td3      high_sparsity.py --sparsity 0.9
+fig5                            $four           ds-td3      high_sparsity.py --sparsity 0.95
+fig5                            $four           ds-td3      high_sparsity.py --sparsity 0.9 --drop-by magnitude
+fig5                            $four           static-td3  high_sparsity.py --sparsity 0.9
 fig5                            $four           ds-td3      --sparsity 0.9
 fig5                            $four           ds-td3      --sparsity 0.95
-fig5                            HalfCheetah-v4,Walker2d-v4 td3         $recipe
-fig5                            HalfCheetah-v4  td3         --hidden 77 77 $recipe
+fig5                            HalfCheetah-v4,Walker2d-v4 td3         high_sparsity.py
+fig5                            HalfCheetah-v4  td3         high_sparsity.py --hidden 77 77
 appendix                        HalfCheetah-v4  ds-sac
 appendix                        HalfCheetah-v4  sac
 appendix                        Hopper-v4       ds-sac
@@ -162,35 +161,36 @@ try:
     import tyro
 
     from dst_sac import SACArguments
-    from dst_td3 import Arguments, RunDirectory, with_topology
+    from dst_td3 import Arguments, resolve, run_directory
+    from high_sparsity import HighSparsityArguments
 except ImportError as error:
     print(f"run_all.sh: error: {error}: activate the environment of requirements.txt", file=sys.stderr)
     sys.exit(2)
 
 rows, seeds, steps, length, evaluation, results = sys.argv[1:]
+programs = {"dst_td3.py": Arguments, "dst_sac.py": SACArguments, "high_sparsity.py": HighSparsityArguments}
 
 
 def directory(args):
-    # Not resolve(args), which reads what is in the directory: a damaged run fails by itself, not the whole list.
-    return f"{results}/{RunDirectory(with_topology(args)).path}"
+    return f"{results}/{run_directory(resolve(args))}"
 
 
 # Seeds in the outer loop: every environment and method has one seed before any has two.
 for seed, row in itertools.product(range(int(seeds)), rows.splitlines()):
     row = re.sub(r"(\d+)%", lambda percent: str(int(steps) * int(percent[1]) // 100), row)
     agent, *further = re.split(r"\s+(?=--)", row.strip())
-    env, method = agent.split()
+    env, method, *named = agent.split()
     options = {option.split()[0]: option for option in further}
     initial, snapshots = (options.pop(name, "") for name in ("--initial-policy", "--snapshot-at"))
     setting = f"--env {env} --method {method} --seed {seed} {' '.join(options.values())} {length}"
-    program, arguments = ("dst_sac.py", SACArguments) if method.endswith("sac") else ("dst_td3.py", Arguments)
-    args = tyro.cli(arguments, args=f"{setting} {evaluation} --results-dir .".split(), prog=program)
+    program = named[0] if named else "dst_sac.py" if method.endswith("sac") else "dst_td3.py"
+    args = tyro.cli(programs[program], args=f"{setting} {evaluation} --results-dir .".split(), prog=program)
     need = ""
     if initial:
         need = f"{directory(args)}/policy-{initial.split()[1]}.npz"
         initial = f"--initial-policy {need}"
         args = dataclasses.replace(args, initial_policy=Path(need))
-    words = f"{setting} {initial} {evaluation} {snapshots} --device cpu --results-dir {results}".split()
+    words = f"{setting} {initial} {evaluation} {snapshots} --results-dir {results}".split()
     print(" ".join(["python", program, *words]), directory(args), need, sep="\t")
 END
 }
