@@ -23,7 +23,6 @@ import torch
 import tyro
 from tqdm import tqdm
 
-import dst_td3
 from dst_td3 import InputError, RunError, command_line, evaluate, load_policy, make_environment, replaced
 
 
@@ -52,8 +51,7 @@ def finished_run(directory: Path) -> FinishedRun:
     """Read how to play the policy in a run's directory. Raises InputError where no finished run is."""
     try:
         trained = json.loads((directory / "config.json").read_text())["arguments"]
-        evaluation_seed = dst_td3.Arguments(seed=trained["seed"]).evaluation_seed
-        run = FinishedRun(directory / "policy.npz", trained["env"], evaluation_seed, int(trained["threads"]))
+        run = FinishedRun(directory / "policy.npz", trained["env"], trained["seed"] + 100, int(trained["threads"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{directory} is not the directory of a run: {error}") from error
     if not run.policy.exists():

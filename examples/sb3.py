@@ -154,9 +154,7 @@ def train(
     args.validate()
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)  # moments that decay towards zero would slow a CPU many times over
-    environment, evaluation = (
-        make_vec_env(lambda: make_environment(env), seed=s) for s in (seed, args.evaluation_seed)
-    )
+    environment, evaluation = (make_vec_env(lambda: make_environment(env), seed=s) for s in (seed, seed + 100))
     policy_kwargs = {"sparsity": sparsity, "net_arch": list(args.hidden)}
     options = {"learning_starts": args.learning_starts, "batch_size": args.batch_size, "seed": seed}
     if algorithm == "td3":

@@ -483,8 +483,9 @@ def test_partial_results_are_used_and_named(tmp_path):
     write_run(tmp_path / "quick", "Walker2d-v4", "td3", 0, one)
     # Dense moments are held against runs of their own length.
     write_run(tmp_path, "HalfCheetah-v4", "ds-td3", 0, one)
-    for variant, returns in zip(("ds-td3", "ds-td3_dense-moments=True"), short, strict=True):
-        write_run(tmp_path, "HalfCheetah-v4", f"{variant}_total-timesteps=100000", 0, returns, total=100_000)
+    for moments, returns in zip(("", "_dense-moments=True"), short, strict=True):
+        name = f"ds-td3_total-timesteps=100000{moments}"
+        write_run(tmp_path, "HalfCheetah-v4", name, 0, returns, total=100_000)
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "benchmarks" / "updates.csv").write_text("other,columns\n1,2\n")
 

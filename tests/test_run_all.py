@@ -17,6 +17,8 @@ from gymnasium.wrappers import TimeLimit
 
 import dst_sac
 import dst_td3
+import high_sparsity
+from dst_td3 import run_directory
 
 REPOSITORY = Path(dst_td3.__file__).parent
 SCRIPT = REPOSITORY / "run_all.sh"
@@ -24,7 +26,11 @@ TABLES = (
     *("coverage", "table1_lca", "table2_return", "compute", "steps_to_dense", "aggregate", "provenance"),
     *("appendix_lca", "appendix_return"),
 )
-PROGRAMS = {"dst_td3.py": dst_td3.Arguments, "dst_sac.py": dst_sac.SACArguments}
+PROGRAMS = {
+    "dst_td3.py": dst_td3.Arguments,
+    "dst_sac.py": dst_sac.SACArguments,
+    "high_sparsity.py": high_sparsity.HighSparsityArguments,
+}
 
 
 def environment(*folders: Path) -> dict[str, str]:
@@ -71,10 +77,6 @@ def stand_in(folder: Path, name: str, script: str) -> None:
     (folder / name).chmod(0o755)
 
 
-def directory(args: dst_td3.Arguments) -> Path:
-    return dst_td3.RunDirectory(args).path
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # The script and its list
 # ----------------------------------------------------------------------------------------------------------------------
@@ -106,7 +108,7 @@ def test_list_covers_the_papers_grid_once():
     expected |= {(env, method, f"_sparsity=0.9{recipe}") for env in FOUR for method in ("ds-td3", "static-td3")}
     expected |= {(env, "td3", recipe) for env in (cheetah, "Walker2d-v4")}
     expected |= {(cheetah, "td3", f"_hidden=77,77{recipe}")}
-    found = [(a.env, a.method, dst_td3.variant(a).removeprefix(a.method), a.seed) for a in listed]
+    found = [(a.env, a.method, dst_td3.run_name(a).removeprefix(a.method), a.seed) for a in listed]
     assert sorted(found) == sorted((*setting, seed) for setting in expected for seed in range(5))
     assert all(a.total_timesteps == 1_000_000 and a.threads == 1 for a in listed)
     # Every setting has one seed before any has two.
@@ -114,7 +116,7 @@ def test_list_covers_the_papers_grid_once():
     # Figure 4's policies come from runs further up, which keep them.
     for place, args in enumerate(listed):
         if args.initial_policy is not None:
-            (source,) = [a for a in listed[:place] if directory(a) == args.initial_policy.parent]
+            (source,) = [a for a in listed[:place] if run_directory(a) == args.initial_policy.parent]
             assert int(args.initial_policy.stem.split("-")[1]) in source.snapshot_at
             assert (source.env, source.method, source.seed) == (args.env, args.method, args.seed)
 
@@ -190,8 +192,8 @@ def test_list_estimates_the_time_from_finished_runs(tmp_path):
 def test_list_knows_where_each_run_is(tmp_path):
     options = ("--list", "--seeds", 1, "--results-dir", tmp_path)
     for args in commands(*options):
-        directory(args).mkdir(parents=True)
-        (directory(args) / "summary.json").write_text("{}")
+        run_directory(args).mkdir(parents=True)
+        (run_directory(args) / "summary.json").write_text("{}")
     assert "62 runs of 1000000 steps, 0 of them not finished" in run_all(*options)[2]
     # A run of another length has a directory of its own.
     assert "62 runs of 300000 steps, 62 of them not finished" in run_all(*options, "--steps", 300_000)[2]
@@ -200,7 +202,7 @@ def test_list_knows_where_each_run_is(tmp_path):
 def test_list_comes_even_where_a_run_is_damaged(tmp_path):
     options = ("--list", "--seeds", 1, "--results-dir", tmp_path)
     listed = run_all(*options)
-    damaged = directory(parsed(listed[1].splitlines()[0]))
+    damaged = run_directory(parsed(listed[1].splitlines()[0]))
     damaged.mkdir(parents=True)
     (damaged / "config.json").write_text("{")
     assert run_all(*options) == listed
@@ -209,7 +211,7 @@ def test_list_comes_even_where_a_run_is_damaged(tmp_path):
 def test_a_row_takes_any_options(tmp_path):
     rows = (
         "fig1  Hopper-v4  ds-td3  --hidden 32 32 --snapshot-at 50% 70% --sparsity 0.8",
-        "fig4  Hopper-v4  ds-td3  --sparsity 0.8 --initial-policy 70% --dense-moments --hidden 32 32",
+        "fig4  Hopper-v4  ds-td3  high_sparsity.py --drop-by magnitude --initial-policy 70% --hidden 32 32",
         "fig4  Hopper-v4  ds-td3  --sparsity 0.8 --initial-policy 70% --hidden 32 32",
     )
     script, edited = SCRIPT.read_text(), tmp_path / "run_all.sh"
@@ -219,10 +221,10 @@ def test_a_row_takes_any_options(tmp_path):
     said = subprocess.run(["bash", edited, "--list", "--seeds", "1"], env=environment(), capture_output=True, text=True)
     first, other, last = (parsed(line) for line in said.stdout.splitlines())
     assert (first.sparsity, first.hidden, first.snapshot_at) == (0.8, (32, 32), (500_000, 700_000))
-    assert last.initial_policy == directory(first) / "policy-700000.npz"
+    assert last.initial_policy == run_directory(first) / "policy-700000.npz"
     # A policy is that of the run which is otherwise the same.
-    assert other.initial_policy == directory(dataclasses.replace(other, initial_policy=None)) / "policy-700000.npz"
-    assert other.dense_moments and other.hidden == (32, 32)
+    assert other.initial_policy == run_directory(dataclasses.replace(other, initial_policy=None)) / "policy-700000.npz"
+    assert (other.drop_by, other.recycle_dormant, other.hidden) == ("magnitude", True, (32, 32))
 
 
 def test_list_names_what_the_environment_lacks(tmp_path):
@@ -260,7 +262,7 @@ def test_line_runs_one_line_of_the_list(tmp_path):
     code, out, err = run_all(*options, "--line", 2)
     assert code == 0, err
     (summary,) = tmp_path.rglob("summary.json")
-    assert summary.parent == directory(commands(*options)[1])
+    assert summary.parent == run_directory(commands(*options)[1])
     assert out.startswith("python dst_td3.py --env Hopper-v4 --method td3")
 
 
@@ -300,15 +302,15 @@ def test_quick_pipeline_stopped_then_failing_then_whole(command_line, tmp_path, 
     evaluate = dst_td3.evaluate
     monkeypatch.setattr(dst_td3, "evaluate", lambda act, env, *rest: evaluate(act, TimeLimit(env, 50), *rest))
     for args, line in listed.items():
-        left = directory(args).exists() or args.initial_policy or (args.env, args.method) == ("Humanoid-v4", "ds-sac")
-        if not left:
+        last = (args.env, args.method) == ("Humanoid-v4", "ds-sac")
+        if not (run_directory(args).exists() or args.initial_policy or last):
             _, program, *words = line.split()
             code, _, error = command_line(*words, kind=PROGRAMS[program])
             assert code == 0, error
     before |= made_at(tmp_path)
 
     # A run that cannot be made stops no other; those that begin with its policy are named too.
-    blocked = directory(next(a for a in listed if (a.env, a.method) == ("HalfCheetah-v4", "td3")))
+    blocked = run_directory(next(a for a in listed if (a.env, a.method) == ("HalfCheetah-v4", "td3")))
     set_aside = tmp_path / "set-aside"
     if blocked.exists():
         blocked.rename(set_aside)
@@ -334,7 +336,7 @@ def test_quick_pipeline_stopped_then_failing_then_whole(command_line, tmp_path, 
     code, out, err = run_all(*options)
     assert (code, err) == (0, ""), out
     whole = made_at(tmp_path)
-    assert {path.parent for path in whole} == {directory(a) for a in listed}
+    assert {path.parent for path in whole} == {run_directory(a) for a in listed}
     assert whole.items() >= {p: t for p, t in partial.items() if p.is_relative_to(tmp_path / "quick")}.items()
     for kind, suffix, names in (("figures", "png", FIGURES), ("figures", "pdf", FIGURES), ("tables", "md", TABLES)):
         for name in names:
@@ -354,7 +356,7 @@ def test_slurm_submits_what_is_missing(tmp_path):
     stand_in(tools, "sbatch", f'printf "%s\\n" "$@" --- >>{tmp_path}/asked\necho 7')
     options = ("--quick", "--seeds", 1, "--only", "fig4", "--results-dir", results)
     listed = commands(*options)
-    finished = directory(listed[0])
+    finished = run_directory(listed[0])
     finished.mkdir(parents=True)
     (finished / "summary.json").write_text("{}")
     (finished / f"{listed[2].initial_policy.stem}.npz").write_text("")
@@ -403,7 +405,7 @@ def test_slurm_task_requeued_in_the_middle_ends_with_the_same_bytes(tmp_path):
     assert code == 0, err
     job = re.search(r"submitted job array (\d+)", out)[1]
     _, command, _ = run_all(*options, "--results-dir", there, "--list")
-    run = directory(commands(*options, "--results-dir", there)[0])
+    run = run_directory(commands(*options, "--results-dir", there)[0])
 
     def wait_until(condition) -> None:
         deadline = time.time() + 300
