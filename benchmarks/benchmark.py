@@ -65,7 +65,7 @@ class Options:
     core: int | None = None
     """the core to run on, else the last one this process may use"""
     only: tuple[str, ...] = ()
-    """parts to run: updates, end_to_end, sac, step, inference, memory, kernels, threads, gpu; all if none is given"""
+    """parts to run: updates, end_to_end, sac, step, inference, memory, kernels, gpu; all if none is given"""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -73,19 +73,16 @@ class Options:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def make_agent(engine: str, width: int = 256, sparsity: float | None = None, threads: int = 1, device: str = "cpu"):
+def make_agent(engine: str, width: int = 256, sparsity: float | None = None, device: str = "cpu"):
     """Make an agent of HalfCheetah's sizes; without ``sparsity`` a dense one."""
     method = "td3" if sparsity is None else "ds-td3"
-    args = dst_td3.Arguments(
-        method=method, sparsity=sparsity, hidden=(width, width), engine=engine, device=device, threads=threads
-    )
+    args = dst_td3.Arguments(method=method, sparsity=sparsity, hidden=(width, width), engine=engine, device=device)
     rng = np.random.default_rng(0)
     actor, critic = [OBSERVATIONS, width, width, ACTIONS], [OBSERVATIONS + ACTIONS, width, width, 1]
     counts = [dst_td3.count_connections(sizes, sparsity) for sizes in (actor, critic)]
     layers = dst_td3.initial_layers(actor, counts[0], rng), dst_td3.initial_layers(critic, counts[1], rng, (2,))
-    agent = {"masked": dst_td3.MaskedTD3, "sparse": sparse_engine.SparseTD3}[engine](*layers, BOUNDS, args)
     connections = sum(counts[0]) + 2 * sum(counts[1])
-    return agent, connections
+    return args.make_agent(*layers, BOUNDS), connections
 
 
 class Learner:
@@ -130,11 +127,10 @@ def dense_block(width: int) -> int:
 
 def state_bytes(agent) -> int:
     """Count the bytes of an agent's weights, indices or masks, moments, gradients and targets."""
-    networks = (agent.actor, agent.critics)
-    if isinstance(agent, sparse_engine.SparseTD3):
-        return sum(array.nbytes for network in networks for array in network.arrays)
+    if agent.args.engine == "sparse":
+        return sum(array.nbytes for network in agent.networks.values() for array in network.arrays)
     total = 0
-    for network in networks:
+    for network in agent.networks.values():
         # A weight, a gradient, two moments and a target weight; a dense agent could do without its masks of ones.
         total += 5 * sum(parameter.nbytes for parameter in network.parameters)
         total += sum(layer.mask.nbytes for layer in network.layers) * (not agent.args.dense)
@@ -157,7 +153,7 @@ def held_bytes(holder, seen: set[int] | None = None) -> int:
         return sum(held_bytes(part, seen) for pair in holder.items() for part in pair)
     if isinstance(holder, (list, tuple)):
         return sum(held_bytes(part, seen) for part in holder)
-    if type(holder).__module__ in ("dst_td3", "sparse_engine", "torch.optim.adam"):
+    if type(holder).__module__.startswith(("dst_td3", "sparse_engine.", "torch.optim.adam")):
         return held_bytes(vars(holder), seen)
     return 0
 
@@ -229,17 +225,13 @@ def plot_growth(table: pd.DataFrame, path: Path) -> None:
 
 def end_to_end(options: Options) -> str:
     """Environment steps a second of whole training loops on HalfCheetah-v4, without evaluations."""
-    # The recipe is that of run_all.sh.
-    recipe = ("--engine", "sparse", "--step-exponent", "0.5", "--updates-per-step", "2", "--recycle-dormant")
+    papers, recipe = ("dst_td3", "--engine", "sparse"), ("high_sparsity", "--engine", "sparse")
     ours = {
-        "td3": ("--method", "td3", "--engine", "masked"),
-        "td3, compiled": ("--method", "td3", "--engine", "sparse"),
-        **{f"ds-td3, sparsity {s}": ("--sparsity", str(s), "--engine", "sparse") for s in (0.5, 0.8, 0.9, 0.95)},
-        **{
-            f"ds-td3, sparsity {s}, recipe": ("--sparsity", str(s), *recipe, "--drop-by", "contribution")
-            for s in (0.9, 0.95)
-        },
-        "td3, width 77, recipe": ("--method", "td3", "--hidden", "77", "77", *recipe),  # as many connections as 0.9
+        "td3": ("dst_td3", "--method", "td3", "--engine", "masked"),
+        "td3, compiled": (*papers, "--method", "td3"),
+        **{f"ds-td3, sparsity {s}": (*papers, "--sparsity", str(s)) for s in (0.5, 0.8, 0.9, 0.95)},
+        **{f"ds-td3, sparsity {s}, recipe": (*recipe, "--sparsity", str(s)) for s in (0.9, 0.95)},
+        "td3, width 77, recipe": (*recipe, "--method", "td3", "--hidden", "77", "77"),  # as many connections as 0.9
     }
     table = train_in_turn(options, "td3", ours)
     table.round(3).to_csv(options.results_dir / "end_to_end.csv", index=False)
@@ -247,11 +239,11 @@ def end_to_end(options: Options) -> str:
 
 
 def train_in_turn(options: Options, algorithm: str, ours: dict[str, tuple[str, ...]]) -> pd.DataFrame:
-    """Tabulate the steps a second of all libraries' ``algorithm`` and of ours, with the arguments given by name."""
+    """Tabulate the steps a second of all libraries' ``algorithm`` and of ours, program and arguments given by name."""
     with ExitStack() as running:
         steppers = {name: start_training(options.peers, [name, algorithm], running) for name in PEERS if options.peers}
         for name, arguments in ours.items():
-            steppers[name] = start_training(Path(sys.executable), [f"dst_{algorithm}", *arguments], running)
+            steppers[name] = start_training(Path(sys.executable), list(arguments), running)
         speeds = in_turn({name: step for name, step in steppers.items() if step}, options.repeats)
     rows = []
     for name in speeds:
@@ -275,16 +267,15 @@ def sac(options: Options) -> str:
     }
     blocks = {}
     for name, arguments in ours.items():
-        settings = [*arguments, "--device", "cpu", "--buffer-size", "1000"]
-        args = dst_td3.resolve(tyro.cli(dst_sac.SACArguments, args=settings))
-        agent = dst_td3.Run(args, dst_td3.RunDirectory(args)).agent
-        blocks[name] = functools.partial(Learner(agent).update, 100 if "torch" in name else STEPS)
+        args = dst_td3.resolve(tyro.cli(dst_sac.SACArguments, args=[*arguments, "--buffer-size", "1000"]))
+        learner = Learner(dst_td3.Run(args).agent)
+        blocks[name] = functools.partial(learner.update, 100 if "torch" in name else STEPS)
     times = in_turn(blocks, options.repeats)
     medians = {"implementation": times.columns, "microseconds": times.median().to_numpy()}
     faster = times.iloc[:, [0]].to_numpy() / times
     costs = pd.DataFrame(medians | {"speedup_over_dense": faster.median().to_numpy()})
     costs.round(3).to_csv(options.results_dir / "sac_updates.csv", index=False)
-    table = train_in_turn(options, "sac", ours)
+    table = train_in_turn(options, "sac", {name: ("dst_sac", *arguments) for name, arguments in ours.items()})
     table.round(3).to_csv(options.results_dir / "sac_end_to_end.csv", index=False)
     title = "## SAC, batch 256: time of an update, steps a second of training on HalfCheetah-v4 without evaluations"
     return f"{title}\n\n{markdown(costs)}\n\n{markdown(table)}"
@@ -344,8 +335,8 @@ def step(options: Options) -> str:
         ("td3, compiled", {"method": "td3"}),
         *((f"ds-td3, sparsity {s}", {"sparsity": s}) for s in (0.5, 0.9, 0.95)),
     ):
-        args = dst_td3.Arguments(**changes, engine="sparse", device="cpu", learning_starts=LEARNING_STARTS)
-        run = dst_td3.Run(dst_td3.resolve(args), dst_td3.RunDirectory(args))
+        args = dst_td3.Arguments(**changes, engine="sparse", learning_starts=LEARNING_STARTS)
+        run = dst_td3.Run(dst_td3.resolve(args))
         while run.step < 2 * LEARNING_STARTS:
             run.advance()
         columns[label] = step_parts(run, options.repeats)
@@ -358,13 +349,13 @@ def step(options: Options) -> str:
 def step_parts(run: dst_td3.Run, repeats: int) -> pd.Series:
     """Return the medians, over blocks of steps, of the microseconds a step that each part of it takes."""
     agent, watch = run.agent, Stopwatch()
-    watch.time("critics' update", agent, "update_critics")
-    watch.time("actor's update, every second step", agent, "update_actor")
+    watch.time("critics' update", agent.engine, "update_critics")
+    watch.time("actor's update, every second step", agent.engine, "update_actor")
     for network in agent.networks.values():
         watch.time("targets, every second step", network, "update_target")
         watch.time("adaptation, every thousandth step", network, "adapt")
     watch.time("noise, and what calls the updates", agent, "learn")
-    watch.time("draw of a batch", agent, "sample")
+    watch.time("draw of a batch", run.buffer, "draw")
     watch.time("action", agent, "explore")
     watch.time("MuJoCo", run.env.unwrapped, "do_simulation")
     watch.time("environment around it, checks", run.env, "step")
@@ -404,7 +395,7 @@ def inference(options: Options) -> str:
 
             blocks[name] = act
             path = Path(folder) / "policy.npz"
-            dst_td3.save_policy(path, agent.actor.layer_arrays(), BOUNDS, "HalfCheetah-v4")
+            dst_td3.save_policy(path, agent.policy_layers(), BOUNDS, "HalfCheetah-v4")
             sizes[name] = path.stat().st_size
     times = in_turn(blocks, options.repeats)
     dense = times.iloc[:, 0]
@@ -425,7 +416,7 @@ def memory(options: Options) -> str:
     """Memory that agents take, as their arrays count it and as the growth of a process's peak shows it."""
     rows = []
     for width, sparsity in ((1024, None), (1024, 0.5), (1024, 0.9), (2048, None), (2048, 0.5), (2048, 0.9)):
-        measured = measure_alone("memory", "masked" if sparsity is None else "sparse", sparsity, width, 1)
+        measured = measure_alone("masked" if sparsity is None else "sparse", sparsity, width)
         rows.append({"width": width, "sparsity": sparsity or 0.0, **measured})
     table = pd.DataFrame(rows)
     table.to_csv(options.results_dir / "memory.csv", index=False)
@@ -537,19 +528,6 @@ def kernels(options: Options) -> str:
     )
 
 
-def threads(options: Options) -> str:
-    """What a second thread gives to a single run, each number of threads in a process of its own."""
-    rows = []
-    for name, engine, sparsity in (("dense TD3 (torch)", "masked", None), ("DS-TD3, sparse engine", "sparse", 0.5)):
-        blocks = {count: functools.partial(measure_alone, "update", engine, sparsity, 256, count) for count in (1, 2)}
-        times = in_turn(blocks, options.repeats)
-        row = {"implementation": name, "one_thread": times[1].median(), "two_threads": times[2].median()}
-        rows.append({**row, "speedup": (times[1] / times[2]).median()})
-    table = pd.DataFrame(rows)
-    table.round(2).to_csv(options.results_dir / "threads.csv", index=False)
-    return "## A second thread, microseconds per update\n\n" + markdown(table)
-
-
 def gpu(options: Options) -> str:
     """Updates and training steps a second of torch's matrices and masks on a GPU, and of our engine on one core."""
     if not torch.cuda.is_available():
@@ -576,25 +554,21 @@ def gpu(options: Options) -> str:
     table.round(3).to_csv(options.results_dir / "gpu_updates.csv", index=False)
     methods = {"td3": ("--method", "td3"), **{f"ds-td3, sparsity {s}": ("--sparsity", str(s)) for s in (0.5, 0.9)}}
     places = {on_gpu: ("--engine", "masked", "--device", "cuda"), on_core: ("--engine", "sparse")}
-    ours = {f"{m}, {p}": (*methods[m], *places[p]) for m, p in itertools.product(methods, places)}
+    ours = {f"{m}, {p}": ("dst_td3", *methods[m], *places[p]) for m, p in itertools.product(methods, places)}
     steps = train_in_turn(options, "td3", ours)
     steps.round(3).to_csv(options.results_dir / "gpu_steps.csv", index=False)
     return f"## A GPU, and one core beside it\n\n{markdown(table)}\n\n{markdown(steps)}"
 
 
-def measure_alone(what: str, *arguments: object):
-    """Return what ``alone`` measures in a process of its own, on all cores this one was given."""
-    command = [sys.executable, __file__, "--alone", what, *map(str, arguments)]
-    pinned = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, ALLOWED)
-    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    os.sched_setaffinity(0, pinned)
-    return json.loads(output)
+def measure_alone(*arguments: object) -> dict[str, float]:
+    """Return what ``alone`` measures in a process of its own."""
+    command = [sys.executable, __file__, "--alone", *map(str, arguments)]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
-def alone(what: str, engine: str, sparsity: str, width: str, count: str) -> None:
-    """Print, as JSON, the microseconds of an update, or an agent's counted and seen megabytes."""
-    torch.set_num_threads(int(count))
+def alone(engine: str, sparsity: str, width: str) -> None:
+    """Print, as JSON, an agent's counted and seen megabytes."""
+    torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     kept = None if sparsity == "None" else float(sparsity)
 
@@ -603,13 +577,8 @@ def alone(what: str, engine: str, sparsity: str, width: str, count: str) -> None
 
     make_agent(engine, 8, kept and 0.1)  # libraries load what they need
     before = resident()
-    agent, _ = make_agent(engine, int(width), kept, int(count))
-    learner = Learner(agent)
-    if what == "update":
-        learner.update(200)
-        print(learner.update(1000))
-        return
-    learner.update(3)
+    agent, _ = make_agent(engine, int(width), kept)
+    Learner(agent).update(3)
     print(json.dumps({"counted_megabytes": held_bytes(agent) / 1e6, "seen_megabytes": (resident() - before) / 1e6}))
 
 
@@ -647,8 +616,7 @@ def machine() -> str:
     return f"{model}, {' '.join(vector)}; {', '.join(caches)}; {os.cpu_count()} cores; {gpus}{versions}"
 
 
-PARTS = {part.__name__: part for part in (updates, end_to_end, sac, step, inference, memory, kernels, threads, gpu)}
-ALLOWED = os.sched_getaffinity(0)
+PARTS = {part.__name__: part for part in (updates, end_to_end, sac, step, inference, memory, kernels, gpu)}
 
 
 def main() -> None:
@@ -665,7 +633,7 @@ def main() -> None:
         print(f"benchmark.py: error: --peers {options.peers} is no program that can be run", file=sys.stderr)
         sys.exit(2)
     options.results_dir.mkdir(parents=True, exist_ok=True)
-    os.sched_setaffinity(0, {max(ALLOWED) if options.core is None else options.core})
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0)) if options.core is None else options.core})
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     report = ["# Seconds and bytes", machine()]

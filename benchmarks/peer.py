@@ -1,7 +1,7 @@
 """Steps a library's TD3 or SAC on demand: for each number of steps read from standard input, prints their seconds.
 
 usage: peer.py rltools|stable-baselines3|sbx td3|sac, in the environment of requirements-peers.txt
-       peer.py dst_td3|dst_sac [ARGUMENT ...], in that of dst_td3.py, with arguments of the program
+       peer.py dst_td3|dst_sac|high_sparsity [ARGUMENT ...], in that of dst_td3.py, with arguments of the program
 
 The seconds of the warm-up come first, unasked. All libraries train in one thread, on Gymnasium's HalfCheetah-v4, with
 the paper's settings and without evaluations. RLtools' Python interface does not let us set all of them: it has no
@@ -149,20 +149,24 @@ def train_stable_baselines(another: Callable[[], bool], library: str, algorithm:
 
 
 def train_ours(another: Callable[[], bool], program: str, arguments: list[str]) -> None:
-    """Train as ``dst_td3.py`` or ``dst_sac.py`` does with these arguments, but write nothing."""
+    """Train as one of our programs does with these arguments, but write nothing."""
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     import torch
     import tyro
 
     import dst_sac
     import dst_td3
+    import high_sparsity
 
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    arguments = ["--device", "cpu", "--learning-starts", str(LEARNING_STARTS), *arguments]
-    algorithm = dst_sac.SACArguments if program == "dst_sac" else dst_td3.Arguments
-    args = dst_td3.resolve(tyro.cli(algorithm, args=arguments))
-    run = dst_td3.Run(args, dst_td3.RunDirectory(args))
+    programs = {
+        "dst_td3": dst_td3.Arguments,
+        "dst_sac": dst_sac.SACArguments,
+        "high_sparsity": high_sparsity.HighSparsityArguments,
+    }
+    args = tyro.cli(programs[program], args=["--learning-starts", str(LEARNING_STARTS), *arguments])
+    run = dst_td3.Run(dst_td3.resolve(args))
     run.advance()
     while another():
         run.advance()
@@ -173,12 +177,12 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     another = StepsOnDemand()
     library, *arguments = sys.argv[1:]
-    if library in ("dst_td3", "dst_sac"):
-        train_ours(another, library, arguments)
-    elif library == "rltools":
+    if library == "rltools":
         train_rltools(another, *arguments)
-    else:
+    elif library in ("stable-baselines3", "sbx"):
         train_stable_baselines(another, library, *arguments)
+    else:
+        train_ours(another, library, arguments)
 
 
 main()
