@@ -25,12 +25,13 @@ from pathlib import Path
 from subprocess import PIPE
 
 import matplotlib.pyplot as plt
+import numba
 import numpy as np
 import pandas as pd
 import torch
 import tyro
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -39,7 +40,7 @@ sys.path.insert(0, str(ROOT))
 
 import dst_sac  # noqa: E402
 import dst_td3  # noqa: E402
-import sparse_engine  # noqa: E402
+from sparse_engine.kernels import VECTOR_BYTES, Activations, Arrays, Emitter, activations, backward, forward  # noqa: E402
 
 OBSERVATIONS, ACTIONS, BATCH = 17, 6, 100  # HalfCheetah-v4 and the paper's batch
 BOUNDS = (-np.ones(ACTIONS, np.float32), np.ones(ACTIONS, np.float32))
@@ -49,7 +50,7 @@ LEARNING_STARTS = 1000
 STEPS = 1000  # of a block of training
 CACHED = 4096  # float32 elements whose loads the kernels' limits measure: half of a small first-level cache
 LIMIT_SUMS = 12  # more than a multiply-add's latency asks for; with their factors they still fit in 16 registers
-LIMIT_STEP = LIMIT_SUMS * sparse_engine.VECTOR_BYTES // 4  # elements
+LIMIT_STEP = LIMIT_SUMS * VECTOR_BYTES // 4  # elements
 
 
 @dataclass(frozen=True)
@@ -428,18 +429,18 @@ def memory(options: Options) -> str:
     )
 
 
-@njit
-def repeat_forward(network: sparse_engine.Arrays, values: np.ndarray, times: int) -> None:
+@numba.njit
+def repeat_forward(network: Arrays, room: Activations, times: int) -> None:
     """Apply the first critic ``times`` times."""
     for _ in range(times):
-        sparse_engine.forward(network, 0, False, values, BATCH)
+        forward(network, 0, False, room)
 
 
-@njit
-def repeat_backward(network: sparse_engine.Arrays, values: np.ndarray, times: int) -> None:
+@numba.njit
+def repeat_backward(network: Arrays, room: Activations, times: int) -> None:
     """Propagate gradients back through the first critic ``times`` times."""
     for _ in range(times):
-        sparse_engine.backward(network, 0, values, BATCH, 0, network.gradient)
+        backward(network, 0, True, room, 0)
 
 
 def multiply_adds_of_loads(uses: int) -> Callable[[np.ndarray, int], float]:
@@ -452,7 +453,7 @@ def multiply_adds_of_loads(uses: int) -> Callable[[np.ndarray, int], float]:
     @intrinsic
     def run(typing, values, loads):
         def codegen(context, builder, signature, arguments):
-            emitter = sparse_engine.Emitter(context, builder, values.dtype)
+            emitter = Emitter(context, builder, values.dtype)
             data, first, lanes = emitter.data(values, arguments[0]), ir.Constant(arguments[1].type, 0), emitter.lanes
             slots = [(i * lanes, lanes) for i in range(LIMIT_SUMS // uses)]
             factors = [ir.Constant(ir.VectorType(emitter.element, lanes), [0.5 + use] * lanes) for use in range(uses)]
@@ -470,7 +471,7 @@ def multiply_adds_of_loads(uses: int) -> Callable[[np.ndarray, int], float]:
 
         return values.dtype(values, types.intp), codegen
 
-    return njit(lambda values, loads: run(values, loads))
+    return numba.njit(lambda values, loads: run(values, loads))
 
 
 def kernels(options: Options) -> str:
@@ -491,24 +492,21 @@ def kernels(options: Options) -> str:
         for _ in range(times):
             dense[0] @ dense[1]
 
-    forward, backward = "limit, a load for each multiply-add", "limit, a load for two multiply-adds"
+    names = {1: "limit, a load for each multiply-add", 2: "limit, a load for two multiply-adds"}
     blocks, limits = {}, {}
-    for uses, name in ((1, forward), (2, backward)):
+    for uses, name in names.items():
         work = functools.partial(multiply_adds_of_loads(uses), values, loads)
         blocks[name], limits[name] = speed(work, 2.0 * uses * loads), name
     blocks["dense BLAS, 256 x 256"] = speed(multiply, 2.0 * BATCH * 256 * 256 * times)
-    limits["dense BLAS, 256 x 256"] = backward
+    limits["dense BLAS, 256 x 256"] = names[2]
     for sparsity in (0.5, 0.8, 0.9, 0.95):
-        network = make_agent("sparse", sparsity=sparsity)[0].critics.arrays
-        room = sparse_engine.activations(network, BATCH)
+        network = make_agent("sparse", sparsity=sparsity)[0].engine.critics.arrays
+        room = activations(network, BATCH)
         products = 2.0 * BATCH * len(network.input_index) / 2 * times
-        for kernel, repeat, uses, limit in (
-            ("forward", repeat_forward, 1, forward),
-            ("backward", repeat_backward, 2, backward),
-        ):
+        for kernel, repeat, uses in (("forward", repeat_forward, 1), ("backward", repeat_backward, 2)):
             name = f"{kernel} of a critic, sparsity {sparsity}"
             blocks[name] = speed(functools.partial(repeat, network, room, times), uses * products)
-            limits[name] = limit
+            limits[name] = names[uses]
     speeds = in_turn(blocks, options.repeats)
     table = pd.DataFrame(
         {
@@ -611,7 +609,7 @@ def machine() -> str:
         level, kind, size = ((cache / name).read_text().strip() for name in ("level", "type", "size"))
         caches.append(f"L{level} {kind.lower()} {size}")
     model = f"{fields.get('model name')} (family {fields.get('cpu family')}, model {fields.get('model')})"
-    versions = f"Python {platform.python_version()}, torch {torch.__version__}, numba {sparse_engine.numba.__version__}"
+    versions = f"Python {platform.python_version()}, torch {torch.__version__}, numba {numba.__version__}"
     gpus = f"{torch.cuda.get_device_name()}; " if torch.cuda.is_available() else ""
     return f"{model}, {' '.join(vector)}; {', '.join(caches)}; {os.cpu_count()} cores; {gpus}{versions}"
 
