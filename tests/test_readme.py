@@ -29,7 +29,7 @@ def definitions(path: Path) -> dict[str, int]:
 
 
 def test_the_map_from_the_paper_to_the_code_names_the_right_lines():
-    links = re.findall(r"\[`([\w.]+)`\]\((\w+\.py)#L(\d+)\)", README)
+    links = re.findall(r"\[`([\w.]+)`\]\(([\w/]+\.py)#L(\d+)\)", README)
     assert {"erdos_renyi_topology", "adaptation_due", "drop_and_grow", "prune_target"} <= {name for name, _, _ in links}
     lines = {path: definitions(ROOT / path) for path in {path for _, path, _ in links}}
     wrong = [f"{name}: {path}#L{lines[path].get(name)}" for name, path, n in links if lines[path].get(name) != int(n)]
