@@ -31,10 +31,9 @@ import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from datetime import timedelta
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import gymnasium
 import numpy as np
@@ -60,9 +59,8 @@ class Arguments:
 
     env: str = "HalfCheetah-v4"  # Gymnasium environment with a vector of observations and a bounded vector of actions
     method: Literal["ds-td3", "static-td3", "td3"] = "ds-td3"  # adapts its topology, keeps its first one, or is dense
-    sparsity: float | None = None  # fraction of the hidden layers' connections left out
-    er_lambda: tuple[float, ...] | None = None
-    """instead: lambda * (inputs + outputs) connections for each hidden layer (neither: the paper's lambda, or 0.5)"""
+    sparsity: float | None = None  # fraction of the hidden layers' connections left out (else the paper's, or 0.5)
+    er_lambda: tuple[float, ...] | None = None  # instead: lambda * (inputs + outputs) connections for each hidden layer
     hidden: tuple[int, ...] = (256, 256)  # widths of the hidden layers
     adapt_interval: int = 1000  # e of the paper: steps between two adaptations of the topology
     drop_fraction: float = 0.05  # eta of the paper: fraction of a layer's connections that an adaptation replaces
@@ -97,21 +95,16 @@ class Arguments:
     describe: bool = False  # print layers, connections, FLOPs and bytes, then leave without training
 
     # Options of programs that build on this one, which names them where they are given here.
-    MOVED: ClassVar = {
-        "--drop-by": "high_sparsity.py",
-        "--recycle-dormant": "high_sparsity.py",
-        "--step-exponent": "high_sparsity.py",
-        "--dense-moments": "dense_moments.py",
-    }
+    MOVED: ClassVar = {"--dense-moments": "dense_moments.py"} | dict.fromkeys(
+        ("--drop-by", "--recycle-dormant", "--step-exponent"), "high_sparsity.py"
+    )
     # How a run is stored and shown; none of these changes a number that it computes.
     PRESENTATION: ClassVar = ("results_dir", "checkpoint_interval", "snapshot_at", "tensorboard", "track", "describe")
     OUTPUTS_PER_ACTION: ClassVar = 1  # of the actor; another algorithm sets anew this and what follows
     # The paper's lambda for its two hidden layers of 256. Ant-v4 observes 27 numbers where the paper's Ant-v3 had 111:
     # 40 would be more than a full layer, and 12.6 keeps the paper's density of the actor's first layer (0.52).
     PAPER_LAMBDA: ClassVar = {
-        "HalfCheetah-v4": (7.0, 64.0),
-        "Hopper-v4": (7.0, 64.0),
-        "Walker2d-v4": (7.0, 64.0),
+        **dict.fromkeys(("HalfCheetah-v4", "Hopper-v4", "Walker2d-v4"), (7.0, 64.0)),
         "Ant-v4": (12.6, 64.0),
         "Humanoid-v4": (61.0, 64.0),
     }
@@ -155,8 +148,8 @@ class Arguments:
             self._require(0 <= getattr(self, name) <= 1, name, "between 0 and 1")
         self._require(0 < self.learning_rate < math.inf, "learning_rate", "a positive number")
         self._require(min(self.hidden, default=0) > 0, "hidden", "one or more positive widths")
-        learning = f"more than --learning-starts ({self.learning_starts}), where learning starts"
-        self._require(self.total_timesteps > self.learning_starts, "total_timesteps", learning)
+        later = f"more than --learning-starts ({self.learning_starts})"
+        self._require(self.total_timesteps > self.learning_starts, "total_timesteps", later)
         snapshots = all(0 < step <= self.total_timesteps for step in self.snapshot_at)
         self._require(snapshots, "snapshot_at", f"steps of the run, 1 to {self.total_timesteps}")
         self._require(0 <= (self.sparsity or 0) < 1, "sparsity", "at least 0 and below 1")
@@ -167,17 +160,16 @@ class Arguments:
             raise InputError(f"--method {self.method} is dense: leave out --sparsity and --er-lambda")
         if self.sparsity is not None and self.er_lambda is not None:
             raise InputError("--sparsity and --er-lambda both set the number of connections: give one of them")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise InputError(f"--device cuda needs a GPU that torch {torch.__version__} can use, and there is none")
+        self._require(self.device == "cpu" or torch.cuda.is_available(), "device", "cpu (torch finds no GPU to use)")
         for flag, package in (("tensorboard", "tensorboard"), ("track", "wandb"), ("track", "tensorboard")):
             if getattr(self, flag) and importlib.util.find_spec(package) is None:
                 raise InputError(f"--{flag} needs the package {package}: pip install {package}")
+        if self.initial_policy is not None:
+            read_policy(self.initial_policy, self.env)
 
     def _require(self, condition: bool, name: str, expected: str) -> None:
         if not condition:
-            value = getattr(self, name)
-            given = " ".join(map(str, value)) if isinstance(value, tuple) else value
-            raise InputError(f"--{name.replace('_', '-')} must be {expected}, not {given}")
+            raise InputError(f"--{name.replace('_', '-')} must be {expected}, not {getattr(self, name)}")
 
 
 # --- Sparse topology: the four pieces of the paper --------------------------------------------------------------------
@@ -190,13 +182,12 @@ def count_connections(widths: list[int], sparsity: float | None = None, er_lambd
 
     The paper gives layer l between n_{l-1} and n_l units ``lambda_l * (n_l + n_{l-1})`` connections in expectation,
     each with its own coin; here the count itself is fixed, so that two seeds train networks of the same size.
-    ``sparsity`` instead solves for one lambda, shared by all layers, that leaves the sparse layers together
-    ``1 - sparsity`` of their connections, no layer above full. The output layer is dense, and so is every layer where
-    neither is given. Raises InputError when a layer would have no connection.
+    ``sparsity`` instead solves for one lambda, shared by the sparse layers, that leaves them together ``1 - sparsity``
+    of their connections, no layer above full. The output layer is dense, and so are all where neither is given.
+    Raises InputError when a layer would have no connection.
     """
-    shapes = list(itertools.pairwise(widths))
-    full = np.array([inputs * outputs for inputs, outputs in shapes[:-1]], dtype=float)
-    units = np.array([inputs + outputs for inputs, outputs in shapes[:-1]], dtype=float)
+    shapes = np.array(list(itertools.pairwise(widths[:-1])), dtype=float)  # of the sparse layers: [layers, 2]
+    full, units = shapes.prod(axis=1), shapes.sum(axis=1)
     if er_lambda is None:
         # The total is piecewise linear in a shared lambda, with a kink where a layer fills: interpolation inverts it.
         kinks = np.sort(np.append(0, full / units))
@@ -205,16 +196,12 @@ def count_connections(widths: list[int], sparsity: float | None = None, er_lambd
     counts = np.minimum(er_lambda * units, full)
     rounded = np.diff(np.floor(np.cumsum(counts) + 0.5), prepend=0).astype(int)  # of running sums: the total is exact
     if rounded.min() < 1:
-        inputs, outputs = shapes[rounded.argmin()]
-        raise InputError(f"--sparsity or --er-lambda leaves the layer of {inputs} x {outputs} without a connection")
+        raise InputError(f"--sparsity or --er-lambda leaves layer {rounded.argmin() + 1} of {widths} no connection")
     return [*rounded.tolist(), widths[-2] * widths[-1]]
 
 
 def erdos_renyi_topology(shape: tuple[int, ...], connections: int, rng: Generator) -> np.ndarray:
-    """Draw the mask of one layer: piece 1, the Erdős-Rényi initialization.
-
-    Each network of ``shape`` [..., inputs, outputs] gets ``connections`` ones, every such topology equally likely.
-    """
+    """Draw a layer's mask [..., inputs, outputs], each topology of so many ``connections`` equally likely: piece 1."""
     *networks, inputs, outputs = shape
     mask = np.zeros((*networks, inputs * outputs), dtype=np.float32)
     mask[..., :connections] = 1
@@ -224,18 +211,13 @@ def erdos_renyi_topology(shape: tuple[int, ...], connections: int, rng: Generato
 def adaptation_due(update: int, period: int, args: Arguments) -> bool:
     """Tell whether a network that learns every ``period`` updates is adapted after one: piece 2, the schedule.
 
-    An adaptation is due every ``adapt_interval`` (e) steps rather than at every step, since a new connection needs
-    time to grow before its magnitude says anything of its worth. A network that does not learn at that very step adapts
-    when it learns next. Nothing changes any more in the last ``1 - adapt_until`` of a run, as in the authors' code.
+    An adaptation is due every ``adapt_interval`` (e) steps, since a new connection needs time to grow before its
+    magnitude says anything of its worth; a network that does not learn at that very step adapts when it learns next.
+    Nothing changes any more in the last ``1 - adapt_until`` of a run, as in the authors' code.
     """
     interval = args.adapt_interval * args.updates_per_step
     last = args.adapt_until * args.total_timesteps * args.updates_per_step
     return update <= last and update // interval > (update - period) // interval
-
-
-def _networks(tensor: Tensor) -> Tensor:
-    """View a stack [..., inputs, outputs] as [networks, inputs * outputs]; what changes there changes here."""
-    return tensor.view(-1, tensor.shape[-2] * tensor.shape[-1])
 
 
 def drop_and_grow(
@@ -244,14 +226,14 @@ def drop_and_grow(
     """Choose which connections of a layer go and where new ones come: piece 3, the adaptation (the SET rule).
 
     Drops the fraction ``drop_fraction`` (eta) of the connections with a positive score, zero among them, and of those
-    with a negative one, those nearest to zero; among equals the first position goes first. The paper's scores are the
-    weights. Then grows as many connections among the positions that hold none, those just dropped included: uniformly,
-    or those of the largest ``growth_scores``. A full layer has nowhere else to grow and stays as it is. Takes scores
-    and mask [..., inputs, outputs] and returns two masks of that shape: the connections that were kept and those that
-    were grown, together as many as before.
+    with a negative one, those nearest to zero, of equals the first; the paper's scores are the weights. Then grows as
+    many among the positions that hold none, those just dropped included: uniformly, or those of the largest
+    ``growth_scores``. A full layer has nowhere else to grow and stays as it is. Takes scores and mask [..., inputs,
+    outputs] and returns two masks of that shape: connections that were kept and grown, together as many as before.
     """
+    flat = (-1, mask.shape[-2] * mask.shape[-1])
     kept, grown = mask.clone(), torch.zeros_like(mask)
-    for n, (score, k, g) in enumerate(zip(_networks(drop_scores), _networks(kept), _networks(grown), strict=True)):
+    for n, (score, k, g) in enumerate(zip(drop_scores.view(flat), kept.view(flat), grown.view(flat), strict=True)):
         connected = k.nonzero().squeeze(-1)
         if len(connected) == len(k):
             continue
@@ -263,7 +245,7 @@ def drop_and_grow(
         if growth_scores is None:
             chosen = torch.from_numpy(rng.choice(len(empty), dropped, replace=False)).to(empty.device)
         else:
-            chosen = _networks(growth_scores)[n, empty].argsort(descending=True, stable=True)[:dropped]
+            chosen = growth_scores.view(flat)[n, empty].argsort(descending=True, stable=True)[:dropped]
         g[empty[chosen]] = 1
     return kept, grown
 
@@ -285,7 +267,8 @@ def prune_target(target: Tensor, support: Tensor, connections: int) -> None:
     surplus = support.shape[-1] - connections  # counts zeros, the smallest of all, before it takes any weight
     if surplus <= 0:
         return
-    for weights, positions in zip(_networks(target), support.view(-1, support.shape[-1]), strict=True):
+    supports = support.view(-1, support.shape[-1])
+    for weights, positions in zip(target.view(len(supports), -1), supports, strict=True):
         smallest = weights.index_select(0, positions).abs().topk(surplus, largest=False, sorted=False).indices
         weights.index_fill_(0, positions.index_select(0, smallest), 0)
 
@@ -322,10 +305,8 @@ def forward(layers: list[Layer], x: Tensor) -> Tensor:
     return x @ layers[-1].weight + layers[-1].bias
 
 
-def unscale_action(
-    action: np.ndarray | Tensor, low: np.ndarray | Tensor, high: np.ndarray | Tensor
-) -> np.ndarray | Tensor:
-    """Stretch actions in [-1, 1] to their bounds, which rounding alone could leave."""
+def unscale_action(action, low, high):
+    """Stretch actions in [-1, 1], an array or a tensor, to their bounds, which rounding alone could leave."""
     return (action * (high - low) / 2 + (high + low) / 2).clip(low, high)
 
 
@@ -338,16 +319,15 @@ class MaskedNetwork:
     """A sparse network as dense matrices and 0/1 masks, with its Adam optimizer and its target network.
 
     No gradient, moment or weight decay reaches a position without a connection, and a grown one starts at zero with
-    zero moments, as where connections alone are stored; Adam's bias correction goes on with the network's age.
+    zero moments; Adam's bias correction goes on with the network's age.
     """
 
     def __init__(self, layers: list[Layer], args: Arguments):
         self.args = args
         self.layers = [Layer(*(torch.tensor(array, device=args.device) for array in layer)) for layer in layers]
         self.target = [Layer(*(tensor.clone() for tensor in layer)) for layer in self.layers]  # their masks go unused
-        self.connections = [int(_networks(layer.mask)[0].sum()) for layer in self.layers]
-        # Until the first adaptation a target shares its network's topology and needs no pruning.
-        self.supports = [torch.empty(0, dtype=torch.int64, device=args.device) for _ in self.layers]
+        self.supports = [target_support(layer.weight, layer.mask) for layer in self.layers]
+        self.connections = [support.shape[-1] for support in self.supports]  # as target and network begin alike
         self.parameters = [tensor.requires_grad_() for layer in self.layers for tensor in (layer.weight, layer.bias)]
         rates = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
         self.optimizer = torch.optim.Adam(self.parameters, **rates, fused=True)
@@ -383,11 +363,10 @@ class MaskedNetwork:
     @torch.no_grad()
     def update_target(self) -> None:
         """Move the target a step ``tau`` towards the network, then prune it back to the network's sparsity."""
-        layers = zip(self.layers, self.target, self.supports, self.connections, strict=True)
-        for layer, target, support, connections in layers:
+        for layer, target, *pruning in zip(self.layers, self.target, self.supports, self.connections, strict=True):
             target.weight.lerp_(layer.weight, self.args.tau)
             target.bias.lerp_(layer.bias, self.args.tau)
-            prune_target(target.weight, support, connections)
+            prune_target(target.weight, *pruning)
 
     def layer_arrays(self, target: bool = False) -> list[Layer]:
         """Return copies of the network's own layers, or of its target's, as numpy arrays."""
@@ -427,20 +406,16 @@ class Batch(NamedTuple):
 
 
 class ReplayBuffer:
-    """The last ``capacity`` transitions, a float32 row each, which it also keeps in a file when told to.
-
-    Raises InputError where memory could never hold them.
-    """
+    """The last ``capacity`` transitions, float32 rows, and a file of all. InputError where memory is too small."""
 
     def __init__(self, capacity: int, observations: int, actions: int):
         widths = Batch(observations, actions, 1, observations, 1)
-        self.columns = [slice(end - width, end) for width, end in zip(widths, np.cumsum(widths).tolist(), strict=True)]
+        self.ends = np.cumsum(widths)[:-1]  # of the columns of each part of a row but the last
         self.added = 0  # transitions so far, the overwritten ones too
         self.saved, self.checksum = 0, 0  # transitions in the file, and their CRC-32
-        try:
+        refusal = f"--buffer-size {capacity} is more than this machine's memory holds:"
+        with reported_as(InputError, refusal, (MemoryError, ValueError)):
             self.rows = np.zeros((capacity, sum(widths)), dtype=np.float32)
-        except (MemoryError, ValueError) as error:
-            raise InputError(f"--buffer-size {capacity} is more than this machine's memory holds") from error
 
     def add(self, transition: Batch) -> None:
         """Store a transition, over the oldest one when the buffer is full."""
@@ -453,8 +428,7 @@ class ReplayBuffer:
 
     def batch(self, indices: np.ndarray) -> Batch:
         """Return the transitions of these indices [batch]."""
-        rows = self.rows[indices]
-        return Batch(*(rows[:, columns] for columns in self.columns))
+        return Batch(*np.split(self.rows[indices], self.ends, axis=-1))
 
     def save(self, path: Path) -> None:
         """Append new transitions to those in the file, over what a killed run left there after its checkpoint."""
@@ -475,12 +449,6 @@ class ReplayBuffer:
         kept = np.arange(max(0, count - len(self.rows)), count)
         self.rows[kept % len(self.rows)] = rows[kept]
         self.added, self.saved, self.checksum = count, count, checksum
-
-
-def make_buffer(env: gymnasium.Env, args: Arguments) -> ReplayBuffer:
-    """Return the empty replay buffer of a run."""
-    capacity = min(args.buffer_size, args.total_timesteps)
-    return ReplayBuffer(capacity, env.observation_space.shape[0], env.action_space.shape[0])
 
 
 class MaskedEngine:
@@ -534,10 +502,9 @@ class MaskedEngine:
 
 
 class TD3:
-    """Twin delayed DDPG on an engine, with the paper's adaptations of the topology.
+    """Twin delayed DDPG with the paper's adaptations, on an engine with the networks ``actor`` and ``critics``.
 
-    An engine has the networks ``actor`` and ``critics`` (two stacked ones) and does ``act``, ``update_critics`` and
-    ``update_actor``. A topology rule of one's own is a subclass with other ``scores``.
+    It asks of an engine ``act``, ``update_critics`` and ``update_actor``. A subclass may have ``scores`` of its own.
     """
 
     def __init__(self, engine, bounds: tuple[np.ndarray, np.ndarray], args: Arguments):
@@ -577,10 +544,7 @@ class TD3:
             network.adapt(rng, *self.scores(network, buffer, rng))
 
     def scores(self, network, buffer: ReplayBuffer, rng: Generator) -> tuple[list | None, list | None]:
-        """Return drop scores and growth scores, each one array [..., inputs, outputs] for each sparse layer.
-
-        None stands for the paper's rule: connections are dropped by their weights and grown by a uniform draw.
-        """
+        """Return drop and growth scores, arrays [..., inputs, outputs] of sparse layers; None is the paper's rule."""
         return None, None
 
     def policy_layers(self) -> list[Layer]:
@@ -599,6 +563,15 @@ class TD3:
 
 
 # --- Environment ------------------------------------------------------------------------------------------------------
+@contextmanager
+def reported_as(kind: type[Exception], message: str, causes=(OSError, KeyError, TypeError, ValueError)):
+    """Turn ``causes``, by default what a damaged file can lead to, into one ``kind``: message first, then reason."""
+    try:
+        yield
+    except causes as error:
+        raise kind(f"{message} {type(error).__name__}: {error}") from error
+
+
 class CheckedEnvironment(gymnasium.Wrapper):
     """The one place where an environment's data enters. Raises RunError where it fails or returns what is not finite.
 
@@ -606,39 +579,32 @@ class CheckedEnvironment(gymnasium.Wrapper):
     """
 
     def reset(self, **options) -> tuple[np.ndarray, dict]:
-        """Begin an episode, and return its first observation [observations]."""
-        observation, information = self._call(self.env.reset, **options)
-        return self._observed(observation), information
+        """Begin an episode; return its first observation [observations], and information."""
+        return self._call(self.env.reset, **options)
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
-        """Act, and return observation, reward, terminated, truncated and information."""
+        """Act; return observation, reward, terminated, truncated and information."""
         if not math.isfinite(action.sum()):
             raise RunError("the policy's action is not finite (the networks have diverged)")
         observation, reward, terminated, truncated, information = self._call(self.env.step, action.copy())
         if not math.isfinite(reward):
             raise RunError(f"{self.spec.id} returned a reward that is not finite")
-        return self._observed(observation), float(reward), bool(terminated), bool(truncated), information
+        return observation, float(reward), bool(terminated), bool(truncated), information
 
-    def _observed(self, observation: np.ndarray) -> np.ndarray:
+    def _call(self, function: Callable, *arguments, **options) -> tuple:
+        with reported_as(RunError, f"{self.spec.id} failed with", Exception):  # its own code can raise anything
+            observation, *others = function(*arguments, **options)
         if not math.isfinite(observation.sum()):
             raise RunError(f"{self.spec.id} returned an observation that is not finite")
-        return np.array(observation)
-
-    def _call(self, function: Callable, *arguments, **options):
-        try:
-            return function(*arguments, **options)
-        except Exception as error:  # an environment's own code can raise anything
-            raise RunError(f"{self.spec.id} failed with {type(error).__name__}: {error}") from error
+        return np.array(observation), *others
 
 
 def make_environment(name: str, **options) -> gymnasium.Env:
     """Make an environment of Gymnasium. Raises InputError where there is none, or none with bounded vectors."""
     warnings.filterwarnings("ignore", message=".*is out of date.*")  # on purpose: the paper's tasks are the -v4 ones
-    try:
+    papers = ", ".join(Arguments.PAPER_LAMBDA)
+    with reported_as(InputError, f"environment {name} cannot be made (the paper's are {papers}):", Exception):
         env = gymnasium.make(name, disable_env_checker=True, **options)
-    except Exception as error:  # an environment's own code can raise anything
-        reason, papers = " ".join(str(error).split()) or type(error).__name__, ", ".join(Arguments.PAPER_LAMBDA)
-        raise InputError(f"environment {name} cannot be made (the paper's are {papers}): {reason}") from error
     for kind, space in (("observations", env.observation_space), ("actions", env.action_space)):
         if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1:
             raise InputError(f"{name} has {kind} in {space}: needed is a vector of real numbers (a Box of one axis)")
@@ -688,30 +654,24 @@ def describe(env: gymnasium.Env, args: Arguments) -> str:
         for number, (inputs, outputs, count) in enumerate(zip(widths, widths[1:], connections, strict=False), start=1):
             shape, sparsity = f"{inputs} x {outputs}", 1 - count / (inputs * outputs)
             lines.append(f"{name:<12}{number:<5}{shape:>12}{count:>14,}{sparsity:>10.3f}")
-    costs, buffer = count_costs(env, args), make_buffer(env, args).rows
+    costs, transitions = count_costs(env, args), min(args.buffer_size, args.total_timesteps)
+    row = ReplayBuffer(1, *env.observation_space.shape, *env.action_space.shape).rows
     share = costs["training_flops"] / costs["training_flops_of_dense"]
     lines.append(f"#params    {costs['connections']:,} connections (sparsity {costs['sparsity']:.2f})")
     lines.append(f"FLOPs      {costs['training_flops']:.3g} for training, {share:.2f}x dense")
-    lines.append(f"bytes      {buffer.nbytes / 1e6:,.0f} MB of replay buffer, once it is full")
+    lines.append(f"bytes      {transitions * row.nbytes / 1e6:,.0f} MB of replay buffer, once it is full")
     return "\n".join(lines)
 
 
 def learning_curve_area(returns: list[float], eval_interval: int, total_timesteps: int) -> float:
-    """Return the paper's LCA: all evaluations' returns, the first before training, summed, over the number of steps.
-
-    It evaluates every 5,000 steps; where evaluations lie otherwise apart, each counts for as many of those.
-    """
-    return sum(returns) * (eval_interval / 5000) / total_timesteps
+    """Return the paper's LCA: all evaluations' returns, the first before training, summed, over the number of steps."""
+    return sum(returns) * (eval_interval / 5000) / total_timesteps  # the paper evaluates every 5,000 steps
 
 
 # --- Files ------------------------------------------------------------------------------------------------------------
-@contextmanager
 def writing(path: Path):
-    """Turn a failure of the file system, such as a full disk, into a RunError that names ``path``."""
-    try:
-        yield
-    except OSError as error:
-        raise RunError(f"cannot write {path}: {error.strerror or error}; what was there before is whole") from error
+    """Report a failure of the file system, such as a full disk, as a RunError that names ``path``."""
+    return reported_as(RunError, f"cannot write {path} (what was there before is whole):", OSError)
 
 
 @contextmanager
@@ -719,11 +679,10 @@ def replaced(path: Path):
     """Open a file to write whose content appears at ``path`` all at once when done, and not at all when it fails."""
     temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
     try:
-        with writing(path):
-            with open(temporary, "wb") as file:
-                yield file
-                file.flush()
-                os.fsync(file.fileno())
+        with writing(path), open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -737,19 +696,14 @@ def write_json(path: Path, content: dict) -> None:
 
 def read_json(path: Path, key: str):
     """Return one entry of what ``write_json`` wrote. Raises InputError when the file is damaged."""
-    try:
+    with reported_as(InputError, f"{path} is damaged: move its folder away, or choose a --results-dir;"):
         return json.loads(path.read_text())[key]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is damaged: move its folder away, or choose a --results-dir") from error
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """Read a file that np.savez wrote, executing nothing in it. Raises ValueError when it cannot be read."""
-    try:
-        with np.lib.npyio.NpzFile(path, allow_pickle=False) as stored:
-            return dict(stored)
-    except Exception as error:  # a damaged archive can raise anything
-        raise ValueError(str(error)) from error
+    with reported_as(ValueError, "unreadable:", Exception), np.lib.npyio.NpzFile(path, allow_pickle=False) as stored:
+        return dict(stored)  # a damaged archive can raise anything
 
 
 def save_policy(path: Path, actor: list[Layer], bounds: tuple, env: str) -> None:
@@ -764,7 +718,7 @@ def save_policy(path: Path, actor: list[Layer], bounds: tuple, env: str) -> None
 
 def read_policy(path: Path, env: str) -> tuple[list[Layer], Tensor, Tensor]:
     """Read the layers and bounds [actions] of a policy for ``env``. Raises InputError when it is none."""
-    try:
+    with reported_as(InputError, f"{path} is no policy that can be read:"):
         arrays, layers = read_arrays(path), []
         for index in range(sum(name.endswith(".shape") for name in arrays)):
             shape, topology, connected, bias = (arrays[f"{index}.{n}"] for n in ("shape", "topology", "weight", "bias"))
@@ -772,11 +726,9 @@ def read_policy(path: Path, env: str) -> tuple[list[Layer], Tensor, Tensor]:
             weight = np.zeros(shape, np.float32)
             weight[mask == 1] = connected
             layers.append(Layer(*map(torch.from_numpy, (weight, mask, bias))))
-        if (trained_for := str(arrays["env"])) != env:
-            raise InputError(f"{path} holds a policy for {trained_for}, not for {env}")
+        if arrays["env"] != env:
+            raise InputError(f"{path} holds a policy for {arrays['env']}, not for {env}")
         return layers, torch.from_numpy(arrays["low"]), torch.from_numpy(arrays["high"])
-    except (KeyError, ValueError) as error:
-        raise InputError(f"{path} is no policy that can be read: {error}") from error
 
 
 def load_policy(path: Path, env: str) -> Callable[[np.ndarray], np.ndarray]:
@@ -787,37 +739,32 @@ def load_policy(path: Path, env: str) -> Callable[[np.ndarray], np.ndarray]:
 
 def provenance() -> dict:
     """Return the versions, the git commit of this file and the machine that a run is made with."""
-    git, commit = ["git", "-C", str(Path(__file__).resolve().parent)], None
-    questions = (["rev-parse", "HEAD"], ["diff", "--name-only", "HEAD", "--", "*.py"])  # new figures are no other code
-    with suppress(OSError, subprocess.CalledProcessError):
-        answers = [subprocess.run([*git, *q], capture_output=True, text=True, check=True).stdout for q in questions]
-        commit = answers[0].strip() + ("-dirty" if answers[1] else "")
+    git = "git rev-parse --verify HEAD && git diff --name-only HEAD -- '*.py'"  # new figures are no other code
+    folder = Path(__file__).resolve().parent
+    answer = subprocess.run(git, shell=True, cwd=folder, capture_output=True, text=True).stdout.split()
+    commit = answer[0] + ("-dirty" if answer[1:] else "") if answer else None
     packages = filter(importlib.util.find_spec, ("torch", "gymnasium", "mujoco", "numpy", "numba", "llvmlite", "scipy"))
     versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
     cpuinfo = Path("/proc/cpuinfo")  # Linux alone has it
     models = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
-    processor = models[0] if models else platform.processor()
+    processor = (models or [platform.processor()])[0]
     machine = {"processor": processor, "cores": os.cpu_count(), "system": platform.platform()}
     return {"versions": versions, "commit": commit, "machine": machine}
 
 
 # --- Run --------------------------------------------------------------------------------------------------------------
 def resolve(args: Arguments) -> Arguments:
-    """Fill in what is left open: the engine, and the number of connections (the paper's lambda, or half of all).
-
-    Raises InputError where the sparse engine is asked for and cannot be had.
-    """
+    """Fill in what is left open, engine and number of connections. InputError where the sparse engine cannot be had."""
     needed = ("sparse_engine", "numba", "scipy", "threadpoolctl")
     fits = args.device == "cpu" and all(map(importlib.util.find_spec, needed))
     if args.engine == "sparse" and not fits:
         raise InputError(f"--engine sparse needs a CPU and the packages {', '.join(needed)}: choose --engine masked")
     if args.engine == "auto":
         args = dataclasses.replace(args, engine="sparse" if fits else "masked")
-    if args.dense or args.sparsity is not None or args.er_lambda is not None:
+    if args.dense or (args.sparsity, args.er_lambda) != (None, None):
         return args
-    if args.hidden == (256, 256) and args.env in args.PAPER_LAMBDA:
-        return dataclasses.replace(args, er_lambda=args.PAPER_LAMBDA[args.env])
-    return dataclasses.replace(args, sparsity=0.5)
+    paper = args.PAPER_LAMBDA.get(args.env) if args.hidden == (256, 256) else None
+    return dataclasses.replace(args, er_lambda=paper, sparsity=None if paper else 0.5)
 
 
 def run_name(args: Arguments) -> str:
@@ -843,32 +790,18 @@ def run_directory(args: Arguments) -> Path:
 def arguments_to_store(args: Arguments) -> dict:
     """Return those arguments that change what a run computes, as JSON has them; a policy counts by its content."""
     values = {k: v for k, v in dataclasses.asdict(args).items() if k not in args.PRESENTATION}
-    if (given := args.initial_policy) is not None:
-        with suppress(OSError):  # a policy that cannot be read fails where the run is made
-            values["initial_policy"] = f"{given.name} {zlib.crc32(given.read_bytes()):x}"
-    return json.loads(json.dumps(values, default=str))
+    return json.loads(json.dumps(values, default=lambda policy: f"{policy.name} {zlib.crc32(policy.read_bytes()):x}"))
 
 
 def is_finished(args: Arguments) -> bool:
     """Tell whether a run is done. Raises InputError where its folder is damaged or has a run of other arguments."""
     config, summary = (run_directory(args) / name for name in ("config.json", "summary.json"))
-    begun, ours = read_json(config, "arguments") if config.exists() else {}, arguments_to_store(args)
-    if differing := [name for name in ours if begun.get(name, ours[name]) != ours[name]]:
-        pairs = ", ".join(f"{name} {begun[name]} there and {ours[name]} here" for name in differing)
-        raise InputError(f"{config.parent} has a run with other arguments ({pairs}): choose another --results-dir")
-    return summary.exists() and read_json(summary, "steps") > 0
-
-
-def lock(directory: Path) -> IO:
-    """Make a run's directory and open a file there that keeps others out. Raises InputError where that cannot be."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        file = open(directory / "lock", "w")
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return file
-    except OSError as error:
-        reason = "another process is training there" if isinstance(error, BlockingIOError) else error.strerror
-        raise InputError(f"cannot use {directory}: {reason}") from error
+    begun = read_json(config, "arguments") if os.path.exists(config) else {}
+    for name, value in arguments_to_store(args).items():
+        if begun.get(name, value) != value:
+            other = f"{name} {begun[name]} there and {value} here"
+            raise InputError(f"{config.parent} has a run of other arguments ({other}): choose another --results-dir")
+    return os.path.exists(summary) and read_json(summary, "steps") > 0
 
 
 class Run:
@@ -886,10 +819,11 @@ class Run:
         self.bounds = tuple(b.astype(np.float32) for b in (self.env.action_space.low, self.env.action_space.high))
         self.costs, (actor, critic) = count_costs(self.env, args), network_sizes(self.env, args)
         networks = initial_layers(*actor, self.rng), initial_layers(*critic, self.rng, networks=(2,))
-        self.initial_masks = [[layer.mask == 1 for layer in layers[:-1]] for layers in networks]
-        self.buffer = make_buffer(self.env, args)
+        capacity = min(args.buffer_size, args.total_timesteps)
+        self.buffer = ReplayBuffer(capacity, *self.env.observation_space.shape, *self.env.action_space.shape)
         self.initial_policy = load_policy(args.initial_policy, args.env) if args.initial_policy else None
         self.agent = args.make_agent(*networks, self.bounds)  # last: this may compile for some seconds
+        self.initial_layers = [network.layer_arrays() for network in self.agent.networks.values()]
         self.step, self.saved_step = 0, 0
         self.tables: dict[str, list[dict]] = {"evaluations": [], "timing": [], "topology": []}
         self.seconds = {"training_seconds": 0.0, "evaluation_seconds": 0.0}
@@ -933,22 +867,20 @@ class Run:
         self.tables["topology"] += self._topology_rows() if args.adapts else []
         for name, rows in self.tables.items():
             if rows:
+                lines = [rows[0], *map(dict.values, rows)]
                 with replaced(self.directory / f"{name}.csv") as file:
-                    file.writelines(
-                        f"{','.join(map(str, line))}\n".encode() for line in [rows[0], *map(dict.values, rows)]
-                    )
+                    file.writelines(f"{','.join(map(str, line))}\n".encode() for line in lines)
         return row
 
     def _topology_rows(self) -> Iterator[dict]:
         """Describe how far the actor's and the first critic's topologies have moved from their first ones."""
-        for (name, network), initial_masks in zip(self.agent.networks.items(), self.initial_masks, strict=True):
-            for number, (layer, initial) in enumerate(
-                zip(network.layer_arrays(), initial_masks, strict=False), start=1
-            ):
-                mask, initial = (array.reshape(-1, *array.shape[-2:])[0] for array in (layer[1], initial))
+        for (name, network), initial_layers in zip(self.agent.networks.items(), self.initial_layers, strict=True):
+            pairs = list(zip(initial_layers, network.layer_arrays(), strict=True))[:-1]
+            for number, layers in enumerate(pairs, start=1):
+                initial, mask = (mask.reshape(-1, *mask.shape[-2:])[0] for _, mask, _ in layers)
+                alive = float((mask * initial).sum() / initial.sum())
                 inputs = " ".join(map(str, mask.sum(-1).astype(int))) if number == 1 else ""
                 row = {"step": self.step, "network": name, "layer": number}
-                alive = float((mask * initial).sum() / initial.sum(dtype=np.float32))
                 yield {**row, "initial_connections_alive": alive, "connections_per_input": inputs}
 
     def save(self) -> None:
@@ -965,7 +897,7 @@ class Run:
         """Return to the last checkpoint, if any. Raises InputError when it is damaged or of another run."""
         if not self.checkpoint.exists():
             return
-        try:
+        with reported_as(InputError, f"{self.checkpoint} cannot be resumed; move its folder away to begin anew;"):
             arrays = read_arrays(self.checkpoint)
             state = json.loads(str(arrays["state"]))
             if state["arguments"] != arguments_to_store(self.args):
@@ -975,14 +907,10 @@ class Run:
             self.rng.bit_generator.state = state["rng"]
             self.env.unwrapped.np_random.bit_generator.state = state["episode_rng"]
             self.tables, self.seconds, self.step = state["tables"], state["seconds"], state["step"]
-        except (OSError, KeyError, ValueError) as error:
-            reason = f"cannot be resumed: {error}; move the folder away to start afresh"
-            raise InputError(f"{self.checkpoint} {reason}") from error
         self.saved_step = self.step
         self.begin_episode()
         if not np.array_equal(self.observation, arrays["observation"]):
-            reason = "begins an episode otherwise than before (not all its randomness comes from self.np_random)"
-            raise RunError(f"{self.args.env} {reason}, so the run cannot be resumed")
+            raise RunError(f"{self.args.env} begins an episode otherwise than before, by randomness that no seed sets")
 
     def note_provenance(self) -> None:
         """Note in config.json what the run is made with, and where it goes on with something else."""
@@ -1003,10 +931,10 @@ class Run:
         """Write the trained policy and the summary, remove what only an unfinished run needs, return the summary."""
         returns = [row["return_mean"] for row in self.tables["evaluations"]]
         lca = learning_curve_area(returns, self.args.eval_interval, self.args.total_timesteps)
-        trained = returns[1:]  # the first evaluation is of the untrained policy, and in a short run among the last ten
-        summary = self.costs | {"final_return": float(np.mean(trained[-10:])), "lca": lca, "evaluations": len(returns)}
-        summary |= {"steps": self.step} | {name: round(value, 1) for name, value in self.seconds.items()}
-        summary |= {"peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+        final = float(np.mean(returns[1:][-10:]))  # a short run's first one, of the untrained policy, is left out
+        summary = self.costs | {"final_return": final, "lca": lca, "evaluations": len(returns), "steps": self.step}
+        summary |= {name: round(value, 1) for name, value in self.seconds.items()}
+        summary["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         self.save_policy("policy.npz")
         write_json(self.directory / "summary.json", summary)
         for path in (self.checkpoint, self.transitions, self.directory / "lock"):
@@ -1019,20 +947,20 @@ class Progress:
 
     def __init__(self, run: Run, closing: ExitStack):
         self.run, self.writer, args, directory = run, None, run.args, run.directory
+        name, total = f"{args.env} {run_name(args)} seed {args.seed}", args.total_timesteps
         if args.track:
             import wandb
 
-            name, run_id = "-".join(directory.parts[-3:]), read_json(directory / "config.json", "id")
-            options = {"project": "dst-rl", "name": name, "config": arguments_to_store(args), "sync_tensorboard": True}
-            closing.callback(wandb.init(**options, id=run_id, resume="allow").finish)
+            options = {"project": "dst-rl", "name": name, "id": read_json(directory / "config.json", "id")}
+            options |= {"config": arguments_to_store(args), "resume": "allow", "sync_tensorboard": True}
+            closing.callback(wandb.init(**options).finish)
         if args.tensorboard or args.track:
             from torch.utils.tensorboard import SummaryWriter
 
             self.writer = closing.enter_context(SummaryWriter(directory / "tensorboard", purge_step=run.step + 1))
-        name = f"{args.env} {run_name(args)} seed {args.seed}, {args.engine} engine on {args.device}"
-        print(f"{name}: step {run.step:,} of {args.total_timesteps:,}", flush=True)
-        options = {"initial": run.step, "unit": " steps", "unit_scale": True, "leave": False, "disable": None}
-        self.bar = closing.enter_context(tqdm(total=args.total_timesteps, **options))
+        print(f"{name}, {args.engine} engine on {args.device}: step {run.step:,} of {total:,}", flush=True)
+        bar = tqdm(total=total, initial=run.step, unit=" steps", unit_scale=True, leave=False, disable=None)
+        self.bar = closing.enter_context(bar)
         self.shown, self.shown_at = run.step, time.perf_counter()  # at the last line
 
     def evaluated(self, row: dict) -> None:
@@ -1043,7 +971,7 @@ class Progress:
             speed = (step - self.shown) / (now - self.shown_at)
             line += f"  {speed:,.0f} steps/s"
             if step > args.learning_starts:  # steps before the first update are many times faster
-                line += f"  {timedelta(seconds=round((args.total_timesteps - step) / speed))} left"
+                line += f"  {tqdm.format_interval((args.total_timesteps - step) / speed)} left"
         tqdm.write(line)
         self.shown, self.shown_at = step, now
         for name, value in (row | self.run.agent.losses).items() if self.writer else ():
@@ -1054,17 +982,20 @@ def train(args: Arguments) -> int:
     """Train, or go on training, as resolved arguments say. Returns the exit code; raises InputError and RunError."""
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)  # what decays towards zero becomes denormal, which slows a CPU many times over
-    directory, stopped = run_directory(args), []
     if is_finished(args):
-        print(f"{directory} is finished already: another --seed or --results-dir makes a new run")
+        print(f"{run_directory(args)} is finished already: another --seed or --results-dir makes a new run")
         return 0
+    run, stopped = Run(args), []
 
     def stop(number: int, frame) -> None:
         stopped.append(signal.Signals(number))
         signal.signal(number, signal.SIG_DFL)  # a second one stops at once
 
-    run = Run(args)
-    with lock(directory), ExitStack() as closing:
+    with ExitStack() as closing:
+        with reported_as(InputError, f"cannot use {run.directory} (another process may be training there):", OSError):
+            run.directory.mkdir(parents=True, exist_ok=True)
+            lock = closing.enter_context(open(run.directory / "lock", "w"))
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         run.load()
         run.note_provenance()
         for number in (signal.SIGINT, signal.SIGTERM):  # the latter is Slurm's
@@ -1088,8 +1019,7 @@ def train(args: Arguments) -> int:
             summary = run.finish()
         except RunError as error:
             raise RunError(f"after step {run.step:,}: {error}; the command goes on from {run.saved_step:,}") from error
-    print(f"final return {summary['final_return']:.1f}, LCA {summary['lca']:.4f}: {directory}")
-    print(f"to see it: python watch.py {directory}")
+    print(f"final return {summary['final_return']:.1f}, LCA {summary['lca']:.4f}: python watch.py {run.directory}")
     return 0
 
 
