@@ -1,8 +1,9 @@
 """DS-TD3 by the arithmetic of the authors' code, where the paper is silent: moments at empty positions too.
 
-The authors mask the weights after Adam's step, so that the dense gradient still reaches the moments of positions without
-a connection, and what grows there starts at zero but with momentum. It is a simulation by nature, so there is no sparse
-engine for it. ``tests/test_authors_update.py`` holds it against a recording of their update, to 1e-12 in float64.
+The authors mask the weights after Adam's step, so that the dense gradient still reaches the moments of positions
+without a connection, and what grows there starts at zero but with momentum. It is a simulation by nature, so there is
+no sparse engine for it. ``tests/test_authors_update.py`` holds it against a recording of their update, to 1e-12 in
+float64.
 """
 
 import dataclasses

@@ -351,8 +351,8 @@ class MaskedNetwork:
         Scores are one array [..., inputs, outputs] for each sparse layer; without any the rule is the paper's.
         """
         for index, layer in enumerate(self.layers[:-1]):
-            drop = layer.weight if drop_scores is None else drop_scores[index]
-            growth = None if growth_scores is None else growth_scores[index]
+            drop = layer.weight if drop_scores is None else torch.as_tensor(drop_scores[index], device=self.args.device)
+            growth = None if growth_scores is None else torch.as_tensor(growth_scores[index], device=self.args.device)
             kept, grown = drop_and_grow(drop, layer.mask, self.args.drop_fraction, rng, growth)
             layer.mask.copy_(kept + grown)
             state = self.optimizer.state[layer.weight]
@@ -797,11 +797,12 @@ def is_finished(args: Arguments) -> bool:
     """Tell whether a run is done. Raises InputError where its folder is damaged or has a run of other arguments."""
     config, summary = (run_directory(args) / name for name in ("config.json", "summary.json"))
     begun = read_json(config, "arguments") if os.path.exists(config) else {}
+    finished = os.path.exists(summary) and read_json(summary, "steps") > 0
     for name, value in arguments_to_store(args).items():
-        if begun.get(name, value) != value:
+        if begun.get(name, value) != value and not (finished and name in ("engine", "device")):
             other = f"{name} {begun[name]} there and {value} here"
             raise InputError(f"{config.parent} has a run of other arguments ({other}): choose another --results-dir")
-    return os.path.exists(summary) and read_json(summary, "steps") > 0
+    return finished
 
 
 class Run:
@@ -996,6 +997,8 @@ def train(args: Arguments) -> int:
             run.directory.mkdir(parents=True, exist_ok=True)
             lock = closing.enter_context(open(run.directory / "lock", "w"))
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if is_finished(args):
+            raise InputError(f"another process has just finished {run.directory}")
         run.load()
         run.note_provenance()
         for number in (signal.SIGINT, signal.SIGTERM):  # the latter is Slurm's

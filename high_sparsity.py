@@ -115,6 +115,11 @@ def contributions(layers: list[Layer], x: Tensor) -> list[Tensor]:
     return scores
 
 
+def is_dormant(layer: Layer, threshold: float = DORMANT) -> Tensor:
+    """Return which units [..., 1, outputs] have died: their incoming weights have vanished, and no bias opens them."""
+    return (layer.weight.abs().sum(-2, keepdim=True) < threshold) & (layer.bias <= 0)
+
+
 class HighSparsityNetwork(MaskedNetwork):
     """A masked network with what the recipe asks of it; ``SparseNetwork`` has the same methods."""
 
@@ -140,11 +145,10 @@ class HighSparsityNetwork(MaskedNetwork):
     def redraw_dormant(self, rng: Generator, draw: Callable, threshold: float) -> None:
         """Draw incoming weights and bias of each dormant hidden unit anew, as ``draw(inputs, size, rng)`` has it.
 
-        A unit is dormant when its incoming weights together are below ``threshold`` and no bias opens it. Its outgoing
-        weights have decayed too, so that nothing changes at once.
+        Its outgoing weights have decayed too, so that nothing changes at once.
         """
         for layer in self.layers[:-1]:
-            dormant = (layer.weight.abs().sum(-2, keepdim=True) < threshold) & (layer.bias <= 0)
+            dormant = is_dormant(layer, threshold)
             for tensor, there in ((layer.weight, dormant & (layer.mask == 1)), (layer.bias, dormant)):
                 tensor[there] = tensor.new_tensor(draw(layer.weight.shape[-2], int(there.sum()), rng))
                 for moment in ("exp_avg", "exp_avg_sq"):
