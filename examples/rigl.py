@@ -27,14 +27,18 @@ class RigLTD3(TD3):
         actor, critics = (n.layer_arrays() for n in self.networks.values())
         masked = MaskedEngine(actor, critics, self.bounds, self.args)
         for own, copy in zip(self.networks.values(), (masked.actor, masked.critics), strict=True):
-            copy.target = [Layer(*map(torch.from_numpy, layer)) for layer in own.layer_arrays(target=True)]
+            arrays = own.layer_arrays(target=True)
+            copy.target = [
+                Layer(*(torch.tensor(array, device=self.args.device) for array in layer)) for layer in arrays
+            ]
         batch = masked.batch(buffer, buffer.draw(self.args.batch_size, rng))
         if network is self.engine.actor:
             loss, layers = masked.actor_loss(batch), masked.actor.layers
         else:
-            noise = rng.standard_normal(batch.action.shape, dtype=np.float32)
-            (loss, _), layers = masked.critic_loss(batch, torch.from_numpy(noise)), masked.critics.layers
-        return None, [g.abs() for g in torch.autograd.grad(loss, [layer.weight for layer in layers[:-1]])]
+            noise = torch.from_numpy(rng.standard_normal(batch.action.shape, dtype=np.float32)).to(self.args.device)
+            (loss, _), layers = masked.critic_loss(batch, noise), masked.critics.layers
+        gradients = torch.autograd.grad(loss, [layer.weight for layer in layers[:-1]])
+        return None, [gradient.abs().cpu().numpy() for gradient in gradients]
 
 
 @dataclasses.dataclass(frozen=True)
