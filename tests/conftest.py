@@ -1,7 +1,9 @@
 """What several test files share: running the command line, here or in a process of its own, and torch's own modules."""
 
 import csv
+import inspect
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -60,12 +62,17 @@ def process():
         signal.signal(number, handler)
 
 
+def program_of(kind: type[dst_td3.Arguments]) -> str:
+    """Return the name of the program that takes a kind of arguments."""
+    return Path(inspect.getfile(kind)).name
+
+
 @pytest.fixture
 def command_line(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
-    """Return a function that runs dst_td3 with arguments here and returns exit code, standard output and error."""
+    """Return a function that runs the program of a kind of arguments here: exit code, standard output and error."""
 
     def run(*arguments: object, kind: type[dst_td3.Arguments] = dst_td3.Arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["dst_td3.py", *map(str, arguments)])
+        monkeypatch.setattr(sys, "argv", [program_of(kind), *map(str, arguments)])
         capsys.readouterr()
         try:
             code = dst_td3.main(kind)
@@ -81,8 +88,8 @@ def assert_refused(command_line: Callable, results: Path, arguments: str, expect
     code, output, error = command_line("--env", "Hopper-v4", "--results-dir", results, *arguments.split())
     assert code == 2, output
     assert expected in error and "Traceback" not in error
-    if error.startswith("dst_td3.py: error:"):  # what the argument parser itself refuses comes in a box
-        assert error.count("\n") == 1
+    if "For full helptext" not in error:  # what the argument parser itself refuses comes in a box
+        assert re.fullmatch(r"\w+\.py: error: .+\n", error)
     assert not list(results.iterdir()), "nothing is left behind"
 
 
@@ -91,17 +98,39 @@ class Killed(BaseException):
 
 
 @contextmanager
+def replaced_advance(replacement: Callable[[dst_td3.Run, Callable], None]):
+    """Take each environment step of a run by ``replacement`` of the run and of the function that takes it."""
+    advance = dst_td3.Run.advance
+    with mock.patch.object(dst_td3.Run, "advance", lambda run: replacement(run, advance)):
+        yield
+
+
+@contextmanager
 def killed_after(step: int):
     """Kill the run in this process 100 steps after its first checkpoint at or after ``step``."""
-    advance = dst_td3.Run.advance
 
-    def mortal(run: dst_td3.Run) -> None:
+    def mortal(run: dst_td3.Run, advance: Callable) -> None:
         if run.saved_step >= step and run.step == run.saved_step + 100:
             raise Killed
         advance(run)
 
-    with mock.patch.object(dst_td3.Run, "advance", mortal), pytest.raises(Killed):
+    with replaced_advance(mortal), pytest.raises(Killed):
         yield
+
+
+@contextmanager
+def before_step(step: int, action: Callable[[], object]):
+    """Do something once in the run in this process, before it takes the step after ``step``."""
+    pending = [action]
+
+    def acting(run: dst_td3.Run, advance: Callable) -> None:
+        if pending and run.step == step:
+            pending.pop()()
+        advance(run)
+
+    with replaced_advance(acting):
+        yield
+    assert not pending
 
 
 def start_process(*arguments: object, **options) -> subprocess.Popen:

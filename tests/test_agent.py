@@ -11,36 +11,33 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dst_td3
-from dst_td3 import Arguments, Batch, Layer, MaskedTD3, ReplayBuffer, initial_layers
+from dst_td3 import TD3, Arguments, Batch, Layer, ReplayBuffer, initial_layers
 
 OBSERVATIONS, ACTIONS = 5, 2
 BOUNDS = (np.array([-2, -1], dtype=np.float32), np.array([2, 3], dtype=np.float32))
 
 
-def make_agent(**arguments) -> MaskedTD3:
-    defaults = {"hidden": (16, 12), "batch_size": 8, "adapt_interval": 4, "device": "cpu", "total_timesteps": 1000}
-    args = Arguments(**(defaults | arguments))
+def make_agent(kind: type[Arguments] = Arguments, **arguments) -> TD3:
+    """Return an agent on the masked engine, with small networks."""
+    defaults = {"hidden": (16, 12), "batch_size": 8, "adapt_interval": 4, "engine": "masked", "total_timesteps": 1000}
+    args = kind(**(defaults | arguments))
     rng = np.random.default_rng(args.seed)
     actor, critic = [OBSERVATIONS, *args.hidden, ACTIONS], [OBSERVATIONS + ACTIONS, *args.hidden, 1]
     counts = [dst_td3.count_connections(sizes, args.sparsity) for sizes in (actor, critic)]
     layers = initial_layers(actor, counts[0], rng), initial_layers(critic, counts[1], rng, networks=(2,))
-    return MaskedTD3(*layers, BOUNDS, args)
+    return args.make_agent(*layers, BOUNDS)
 
 
-def random_batch(rng: np.random.Generator, size: int = 8) -> Batch:
-    widths = (OBSERVATIONS, ACTIONS, 1, OBSERVATIONS)
-    *floats, next_observation = (rng.standard_normal((size, width), dtype=np.float32) for width in widths)
-    return Batch(*floats, next_observation, (rng.random((size, 1)) < 0.2).astype(np.float32))
-
-
-def random_buffer(rng: np.random.Generator) -> ReplayBuffer:
-    buffer = ReplayBuffer(50, OBSERVATIONS, ACTIONS)
-    for transition in zip(*random_batch(rng, 50), strict=True):
-        buffer.add(Batch(*transition))
+def random_buffer(rng: np.random.Generator, size: int = 50) -> ReplayBuffer:
+    buffer = ReplayBuffer(size, OBSERVATIONS, ACTIONS)
+    for row in rng.standard_normal(buffer.rows.shape, dtype=np.float32):
+        row[-1] = rng.random() < 0.2
+        widths = (OBSERVATIONS, ACTIONS, 1, OBSERVATIONS)
+        buffer.add(Batch(*np.split(row, np.cumsum(widths))))
     return buffer
 
 
-def train(agent: MaskedTD3, steps: range, seed: int = 1) -> None:
+def train(agent: TD3, steps: range, seed: int = 1) -> None:
     rng = np.random.default_rng(seed)
     buffer = random_buffer(rng)
     for step in steps:
@@ -54,11 +51,12 @@ def moments(network, layer: Layer) -> list[torch.Tensor]:
 def test_a_dense_update_is_the_textbooks():
     """One update of every network, against TD3 written with torch's own modules and optimizer."""
     agent = make_agent(method="td3")
-    batch, noise = random_batch(np.random.default_rng(0)), np.ones((8, ACTIONS), dtype=np.float32) * 4
+    buffer, noise = random_buffer(np.random.default_rng(0), 8), np.ones((8, ACTIONS), dtype=np.float32) * 4
     low, high = map(torch.from_numpy, BOUNDS)
-    actor, critics = torch_module(agent.actor.layers), [torch_module(agent.critics.layers, i) for i in range(2)]
+    networks = agent.engine.actor, agent.engine.critics
+    actor, critics = torch_module(networks[0].layers), [torch_module(networks[1].layers, i) for i in range(2)]
     actor_target, critic_targets = copy.deepcopy(actor), copy.deepcopy(critics)
-    observation, action, reward, next_observation, terminated = map(torch.from_numpy, batch)
+    observation, action, reward, next_observation, terminated = map(torch.from_numpy, buffer.batch(np.arange(8)))
 
     def act(network, x):
         return torch.tanh(network(x)) * torch.tensor([2.0, 2.0]) + torch.tensor([0.0, 1.0])
@@ -80,17 +78,17 @@ def test_a_dense_update_is_the_textbooks():
             t.data = 0.995 * t.data + 0.005 * p.data
 
     class Given:
-        """A buffer and a generator that give this batch and this noise."""
+        """A generator that draws every transition once, and this noise."""
 
-        sample = staticmethod(lambda size, rng: batch)
+        integers = staticmethod(lambda stop, size: np.arange(size))
         standard_normal = staticmethod(lambda shape, dtype: noise)
 
-    agent.learn(Given, 2, Given)
+    agent.learn(buffer, 2, Given)
     for ours, expected in (
-        (torch_module(agent.actor.layers), actor),
-        (torch_module(agent.actor.target), actor_target),
-        *((torch_module(agent.critics.layers, i), critics[i]) for i in range(2)),
-        *((torch_module(agent.critics.target, i), critic_targets[i]) for i in range(2)),
+        (torch_module(networks[0].layers), actor),
+        (torch_module(networks[0].target), actor_target),
+        *((torch_module(networks[1].layers, i), critics[i]) for i in range(2)),
+        *((torch_module(networks[1].target, i), critic_targets[i]) for i in range(2)),
     ):
         assert_same_parameters(ours, expected, rtol=1e-4, atol=1e-6)
 
@@ -99,10 +97,10 @@ def test_a_dense_update_is_the_textbooks():
 @given(st.sampled_from(["ds-td3", "static-td3"]), st.floats(0.1, 0.9), st.integers(1, 7), st.integers(0, 99))
 def test_nothing_lives_outside_the_topology(method, sparsity, adapt_interval, seed):
     agent = make_agent(method=method, sparsity=sparsity, adapt_interval=adapt_interval, drop_fraction=0.3, seed=seed)
-    first = [[layer.mask.sum((-2, -1)) for layer in n.layers] for n in (agent.actor, agent.critics)]
+    first = [[layer.mask.sum((-2, -1)) for layer in n.layers] for n in agent.networks.values()]
     for step in range(1, 31):
         train(agent, range(step, step + 1), seed=step)
-        for network, counts in zip((agent.actor, agent.critics), first, strict=True):
+        for network, counts in zip(agent.networks.values(), first, strict=True):
             for layer, target, count in zip(network.layers, network.target, counts, strict=True):
                 assert torch.equal(layer.mask.sum((-2, -1)), count)
                 absent = layer.mask == 0
@@ -113,9 +111,10 @@ def test_nothing_lives_outside_the_topology(method, sparsity, adapt_interval, se
 
 def test_no_gradient_reaches_a_masked_weight():
     agent = make_agent(sparsity=0.5)
-    agent.update_critics(random_batch(np.random.default_rng(0)), np.zeros((8, ACTIONS), dtype=np.float32))
-    agent.update_actor(random_batch(np.random.default_rng(1)))
-    for layer in agent.actor.layers + agent.critics.layers:
+    buffer, engine = random_buffer(np.random.default_rng(0)), agent.engine
+    engine.update_critics(buffer, np.arange(8), np.zeros((8, ACTIONS), dtype=np.float32))
+    engine.update_actor(buffer, np.arange(8, 16))
+    for layer in engine.actor.layers + engine.critics.layers:
         assert not layer.weight.grad[layer.mask == 0].any()
         assert layer.weight.grad[layer.mask == 1].any()
 
@@ -123,7 +122,7 @@ def test_no_gradient_reaches_a_masked_weight():
 def test_grown_connections_start_at_zero_with_zero_moments():
     agent = make_agent(sparsity=0.5, drop_fraction=0.4)
     train(agent, range(1, 4))
-    for network in (agent.actor, agent.critics):
+    for network in agent.networks.values():
         before = [layer.mask.clone() for layer in network.layers]
         rng = np.random.default_rng(0)
         kept = [dst_td3.drop_and_grow(x.weight.detach(), x.mask, 0.4, rng)[0] for x in network.layers]
@@ -136,88 +135,34 @@ def test_grown_connections_start_at_zero_with_zero_moments():
         assert torch.equal(network.layers[-1].mask, torch.ones_like(before[-1])), "the output layer stays dense"
 
 
-def test_a_contribution_is_a_weight_times_the_deviation_of_what_it_weighs():
-    agent, x = make_agent(sparsity=0.5), np.random.default_rng(0).standard_normal((8, OBSERVATIONS + ACTIONS))
-    agent.critics.layers[0].bias.detach()[0, 0, 3] = -100  # a unit that nothing opens
-    layers = [Layer(*(tensor.detach().double() for tensor in layer)) for layer in agent.critics.layers]
-    found = dst_td3.contributions(layers, torch.from_numpy(x))
-    assert len(found) == 2, "the output layer drops nothing"
-    assert not found[1][0, 3].any() and layers[1].weight[0, 3].any()
-    for critic in range(2):
-        inputs = x
-        for layer, contribution in zip(layers[:-1], found, strict=True):
-            weight, bias = layer.weight[critic].numpy(), layer.bias[critic].numpy()
-            for i, j in np.ndindex(weight.shape):
-                assert contribution[critic, i, j] == pytest.approx(weight[i, j] * np.std(inputs[:, i]), abs=1e-12)
-            inputs = np.maximum(inputs @ weight + bias, 0)
-
-
-@pytest.mark.parametrize("rule", ["magnitude", "contribution"])
-def test_connections_are_dropped_by_the_rule_that_was_asked_for(rule):
-    """The first observation hardly changes, and has the largest weights."""
-    agent, buffer = make_agent(sparsity=0.6, drop_by=rule, drop_fraction=0.1), random_buffer(np.random.default_rng(0))
-    buffer.rows[:, 0] /= 1000
-    for network in agent.networks.values():
-        layer = network.layers[0]
-        layer.weight.detach()[..., 0, :] *= 100
-        before = layer.mask.sum((-2, -1))
-        was = layer.weight.detach().clone()
-        agent.adapt(network, buffer, agent.args.adapt_interval, 1, np.random.default_rng(0))
-        dropped = (was != 0) & (layer.weight == 0)
-        assert dropped.any() and bool(dropped[..., 0, :].any()) == (rule == "contribution")
-        assert torch.equal(layer.mask.sum((-2, -1)), before)
-
-
-def test_dense_moments_follow_the_authors_code():
-    agent = make_agent(sparsity=0.5, dense_moments=True, adapt_interval=100)
-    train(agent, range(1, 5))
-    for network in (agent.actor, agent.critics):
-        for layer in network.layers[:-1]:
-            absent = layer.mask == 0
-            assert not layer.weight[absent].any()
-            assert all(moment[absent].any() for moment in moments(network, layer))
-
-
 def test_every_method_is_one_code_path():
     """A topology that holds every connection trains to the same bytes as the dense agent."""
     dense, full = make_agent(method="td3"), make_agent(method="static-td3", sparsity=0.0)
     for agent in (dense, full):
         train(agent, range(1, 9))
-    state, other = dense.state(), full.state()
+    state, other = dense.state_dict(), full.state_dict()
     assert all(np.array_equal(state[name], other[name]) for name in state)
 
 
-def test_a_sparse_layers_steps_grow_with_its_sparsity():
-    # Adam's first step is as long as the learning rate, whatever the gradient.
-    agent = make_agent(sparsity=0.8, step_exponent=0.5, learning_rate=1e-3, weight_decay=0)
-    before = agent.critics.layer_arrays()
-    agent.update_critics(random_batch(np.random.default_rng(0)), np.zeros((8, ACTIONS), np.float32))
-    for layer, was in zip(agent.critics.layer_arrays(), before, strict=True):
-        steps, expected = np.abs(layer.weight - was.weight), 1e-3 * was.mask.mean() ** -0.5
-        assert steps.max() == pytest.approx(expected, rel=1e-3)
-        assert np.abs(layer.bias - was.bias).max() == pytest.approx(1e-3, rel=1e-3)
-
-
-@pytest.mark.parametrize("recycles", [False, True])
 @pytest.mark.parametrize("method", ["td3", "static-td3", "ds-td3"])
-def test_only_what_was_asked_for_is_done_to_a_topology(monkeypatch, method, recycles):
-    sparsity = None if method == "td3" else 0.5
-    agent, done = make_agent(method=method, sparsity=sparsity, recycle_dormant=recycles, adapt_interval=4), []
+def test_only_what_adapts_is_adapted_critics_first(monkeypatch, method):
+    agent, done = make_agent(method=method, sparsity=None if method == "td3" else 0.5), []
     for name, network in agent.networks.items():
-        for piece in ("adapt", "recycle"):
-            monkeypatch.setattr(network, piece, lambda *_, name=name, piece=piece: done.append((name, piece)))
+        monkeypatch.setattr(network, "adapt", lambda *_, name=name: done.append(name))
     train(agent, range(1, 9))
-    pieces = ["adapt"] * (method == "ds-td3") + ["recycle"] * recycles
-    assert done == [(name, piece) for name in ("critic", "actor") for piece in pieces] * 2
+    assert done == ["critic", "actor"] * 2 * (method == "ds-td3")
 
 
 def test_several_updates_a_step_each_with_a_batch_of_its_own(monkeypatch):
     agent, done = make_agent(sparsity=0.5, updates_per_step=3, adapt_interval=2), []
     for name in ("update_critics", "update_actor"):
-        own = getattr(agent, name)
-        monkeypatch.setattr(
-            agent, name, lambda batch, *rest, own=own, name=name: (done.append((name, batch)), own(batch, *rest))
-        )
+        own = getattr(agent.engine, name)
+
+        def update(buffer, indices, *rest, own=own, name=name):
+            done.append((name, buffer.batch(indices)))
+            return own(buffer, indices, *rest)
+
+        monkeypatch.setattr(agent.engine, name, update)
     for name, network in agent.networks.items():
         monkeypatch.setattr(network, "adapt", lambda *_, name=name: done.append((name, None)))
     train(agent, range(1, 5))
@@ -232,28 +177,28 @@ def test_several_updates_a_step_each_with_a_batch_of_its_own(monkeypatch):
 
 def test_a_networks_arrays_are_copies():
     agent = make_agent(sparsity=0.5)
-    before = agent.actor.layer_arrays()
+    before = agent.engine.actor.layer_arrays()
     kept = [layer.weight.copy() for layer in before]
     train(agent, range(1, 9))
     assert all(np.array_equal(layer.weight, weight) for layer, weight in zip(before, kept, strict=True))
-    assert not np.array_equal(agent.actor.layer_arrays()[0].weight, kept[0])
+    assert not np.array_equal(agent.engine.actor.layer_arrays()[0].weight, kept[0])
 
 
 def test_a_loaded_agent_goes_on_to_the_same_bytes():
     """After adaptations, so that the supports of the targets' prune are loaded with it."""
     first, second = make_agent(sparsity=0.5), make_agent(sparsity=0.5)
     train(first, range(1, 14))
-    second.load_state({name: array.copy() for name, array in first.state().items()})
+    second.load_state_dict({name: array.copy() for name, array in first.state_dict().items()})
     for agent in (first, second):
         train(agent, range(14, 30), seed=2)
-    state, other = first.state(), second.state()
+    state, other = first.state_dict(), second.state_dict()
     assert {name: array.tobytes() for name, array in state.items()} == {n: a.tobytes() for n, a in other.items()}
 
 
 @pytest.mark.parametrize("other", [{"hidden": (12, 16)}, {"hidden": (16, 12, 4)}])
 def test_another_agents_state_is_rejected(other):
     with pytest.raises((KeyError, ValueError)):
-        make_agent(**other).load_state(make_agent().state())
+        make_agent(**other).load_state_dict(make_agent().state_dict())
 
 
 def test_the_actors_bounds_are_respected():
@@ -267,7 +212,7 @@ def test_the_actors_bounds_are_respected():
 def test_a_policy_file_acts_as_the_agent(tmp_path, sparsity):
     agent = make_agent(sparsity=sparsity)
     train(agent, range(1, 9))
-    dst_td3.save_policy(tmp_path / "policy.npz", agent.actor.layer_arrays(), BOUNDS, "Some-v0")
+    dst_td3.save_policy(tmp_path / "policy.npz", agent.engine.actor.layer_arrays(), BOUNDS, "Some-v0")
     act = dst_td3.load_policy(tmp_path / "policy.npz", "Some-v0")
     observation = np.random.default_rng(0).standard_normal(OBSERVATIONS)
     np.testing.assert_array_equal(act(observation), agent.act(observation))
@@ -277,7 +222,7 @@ def test_a_policy_file_acts_as_the_agent(tmp_path, sparsity):
 
 def test_a_population_is_one_more_leading_axis():
     """Three agents stacked on a leading axis compute what each computes alone."""
-    args = Arguments(device="cpu", sparsity=0.5, hidden=(16, 12))
+    args = Arguments(sparsity=0.5, hidden=(16, 12))
     sizes = [OBSERVATIONS, 16, 12, ACTIONS]
     counts = dst_td3.count_connections(sizes, 0.5)
     layers = initial_layers(sizes, counts, np.random.default_rng(0), networks=(3,))

@@ -1,4 +1,4 @@
-"""``--dense-moments`` against 60 updates of the authors' own code, recorded in float64 in authors-update.npz.
+"""``dense_moments.py`` against 60 updates of the authors' own code, recorded in float64 in authors-update.npz.
 
 The file holds, for networks of state 5, action 2 and two hidden layers of 24: the transitions (``pool/...``), each
 update's batch and noise, all parameters after every tenth update (``T/NET/LAYER...``, critic 1 being l1 to l3 and
@@ -7,17 +7,21 @@ from ours by a connection or two, and are taken from the recording: which quanti
 a target is pruned to the number of its network's non-zero weights, counted for each critic apart.
 """
 
+import functools
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import SHORT, assert_refused, assert_same_bytes, killed_after, run_directory
+from test_agent import make_agent, moments, train
 
 import dst_td3
-from dst_td3 import Batch, Layer
+from dense_moments import DenseMomentsArguments
+from dst_td3 import Layer, ReplayBuffer
 
 UPDATES = 60
-ARGUMENTS = dst_td3.Arguments(hidden=(24, 24), batch_size=16, dense_moments=True, engine="masked", device="cpu")
+ARGUMENTS = DenseMomentsArguments(hidden=(24, 24), batch_size=16)
 LAYERS = {"actor": [["l1"], ["l2"], ["l3"]], "critic": [["l1", "l4"], ["l2", "l5"], ["l3", "l6"]]}
 
 
@@ -58,21 +62,41 @@ def adaptations(recording, update: int) -> list[tuple[np.ndarray, np.ndarray]]:
     return [tuple(map(np.stack, zip(*twins, strict=True))) for twins in ((l1, l4), (l2, l5))] + actor
 
 
-def prune_as_theirs(network: dst_td3.MaskedNetwork) -> None:
+def recorded_buffer(recording) -> ReplayBuffer:
+    """Return the transitions, in float64."""
+    s, a, r, s2, not_done = (recording[f"pool/{name}"] for name in ("s", "a", "r", "s2", "nd"))
+    buffer = ReplayBuffer(len(s), s.shape[1], a.shape[1])
+    buffer.rows = np.column_stack([s, a, r, s2, 1 - not_done])
+    buffer.added = len(s)
+    return buffer
+
+
+def prune_as_theirs(prune, network: dst_td3.MaskedNetwork) -> None:
     """Prune each target layer to as many weights as its network has that are not zero."""
     for layer, target in zip(network.layers[:-1], network.target[:-1], strict=True):
         shape = layer.weight.shape[-2:]
         for weight, follower in zip(layer.weight.reshape(-1, *shape), target.weight.view(-1, *shape), strict=True):
             everywhere = torch.arange(weight.numel())
-            dst_td3.prune_target(follower, everywhere, int(torch.count_nonzero(weight)))
+            prune(follower, everywhere, int(torch.count_nonzero(weight)))
+
+
+def test_empty_positions_have_moments_too():
+    agent = make_agent(DenseMomentsArguments, sparsity=0.5, adapt_interval=100)
+    train(agent, range(1, 5))
+    for network in agent.networks.values():
+        for layer in network.layers[:-1]:
+            absent = layer.mask == 0
+            assert not layer.weight[absent].any()
+            assert all(moment[absent].any() for moment in moments(network, layer))
 
 
 def test_sixty_updates_agree_with_the_authors_code(recording, monkeypatch):
     bounds = (-np.ones(2), np.ones(2))
-    agent = dst_td3.MaskedTD3(first_layers(recording, "actor"), first_layers(recording, "critic"), bounds, ARGUMENTS)
-    choose, due, adapted = dst_td3.drop_and_grow, [], 0
+    agent = ARGUMENTS.make_agent(first_layers(recording, "actor"), first_layers(recording, "critic"), bounds)
+    engine, buffer = agent.engine, recorded_buffer(recording)
+    choose, prune, due, adapted = dst_td3.drop_and_grow, dst_td3.prune_target, [], 0
 
-    def recorded(weight, mask, drop_fraction, rng):
+    def recorded(weight, mask, drop_fraction, rng, growth_scores):
         """Take the recorded mask, where ours drops what theirs drops."""
         before, after = due.pop(0)
         np.testing.assert_array_equal(mask.numpy(), before)
@@ -85,28 +109,26 @@ def test_sixty_updates_agree_with_the_authors_code(recording, monkeypatch):
         return mask * after, (1 - mask) * after
 
     monkeypatch.setattr(dst_td3, "drop_and_grow", recorded)
+    monkeypatch.setattr(dst_td3, "prune_target", lambda *_: None)  # targets are pruned below instead
     worst = 0.0
     for update in range(1, UPDATES + 1):
-        rows = recording["batch_indices"][update - 1]
-        s, a, r, s2, not_done = (recording[f"pool/{name}"][rows] for name in ("s", "a", "r", "s2", "nd"))
-        batch = Batch(s, a, r.reshape(-1, 1), s2, 1 - not_done.reshape(-1, 1))
+        indices = recording["batch_indices"][update - 1]
         due[:] = adaptations(recording, update)
         adapts = bool(due)
-        agent.update_critics(batch, recording["noise"][update - 1])
+        engine.update_critics(buffer, indices, recording["noise"][update - 1])
         if adapts:
-            agent.critics.adapt(np.random.default_rng(0))
+            engine.critics.adapt(np.random.default_rng(0))
         if update % ARGUMENTS.policy_frequency == 0:
-            agent.update_actor(batch)
+            engine.update_actor(buffer, indices)
             if adapts:
-                agent.actor.adapt(np.random.default_rng(0))
-            for network in (agent.actor, agent.critics):
-                network.supports = [torch.empty(0, dtype=torch.int64)] * 3  # pruned below instead
+                engine.actor.adapt(np.random.default_rng(0))
+            for network in agent.networks.values():
                 network.update_target()
-                prune_as_theirs(network)
+                prune_as_theirs(prune, network)
         assert not due
         adapted += adapts
         if update % 10 == 0:
-            for name, network in (("actor", agent.actor), ("critic", agent.critics)):
+            for name, network in agent.networks.items():
                 for kind, layers in ((name, network.layers), (f"{name}_target", network.target)):
                     for part in ("weight", "bias"):
                         for layer, theirs in zip(layers, stacked(recording, kind, update, part), strict=True):
@@ -114,3 +136,36 @@ def test_sixty_updates_agree_with_the_authors_code(recording, monkeypatch):
                             worst = max(worst, np.abs(ours - theirs).max())
                             np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-12)
     assert adapted == 3 and worst < 1e-12
+
+
+# The command line
+
+
+@pytest.fixture
+def command_line(command_line):
+    """Return the function that runs a command line here, with these arguments."""
+    return functools.partial(command_line, kind=DenseMomentsArguments)
+
+
+def test_a_killed_run_resumes_to_the_same_bytes(command_line, tmp_path):
+    """Its topology is not that of the moments."""
+    given = [*SHORT, "--total-timesteps", 1000]
+    assert command_line(*given, "--results-dir", tmp_path / "unbroken")[0] == 0
+    with killed_after(600):
+        command_line(*given, "--results-dir", tmp_path / "stopped")
+    assert command_line(*given, "--results-dir", tmp_path / "stopped")[0] == 0
+    assert_same_bytes(run_directory(tmp_path / "stopped"), run_directory(tmp_path / "unbroken"))
+
+
+@pytest.mark.parametrize("given", ["--method td3", "--engine sparse", "--drop-by magnitude", "--recycle-dormant"])
+def test_bad_input_gets_one_clear_line_and_exit_code_2(command_line, tmp_path, given):
+    assert_refused(command_line, tmp_path, given, given.split()[0])
+
+
+def test_runs_are_named_by_what_differs_from_the_paper():
+    def name(**changes) -> str:
+        return dst_td3.run_name(dst_td3.resolve(DenseMomentsArguments(**changes)))
+
+    assert name() == "ds-td3_dense-moments=True"
+    assert name(method="static-td3", total_timesteps=300_000) == "static-td3_total-timesteps=300000_dense-moments=True"
+    assert name(dense_moments=False) == "ds-td3"

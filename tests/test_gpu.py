@@ -8,33 +8,33 @@ from conftest import needs_gpu
 from test_sac import sac_case
 from test_sparse_engine import DEFAULTS, case
 
-from dst_sac import MaskedSAC
-from dst_td3 import MaskedTD3
+from dense_moments import DenseMomentsArguments
+from high_sparsity import HighSparsityArguments
 
-RECIPE = {"step_exponent": 0.5, "updates_per_step": 2, "recycle_dormant": True, "drop_by": "contribution"}
+SHARED = {"adapt_interval": DEFAULTS.adapt_interval, "drop_fraction": DEFAULTS.drop_fraction, "tau": DEFAULTS.tau}
 
 
 @needs_gpu
 @pytest.mark.parametrize(
-    ("this", "engine"),
+    "this",
     [
-        (case(), MaskedTD3),
-        (case(sparsity=0.0, args=dataclasses.replace(DEFAULTS, method="td3")), MaskedTD3),
-        (case(args=dataclasses.replace(DEFAULTS, **RECIPE)), MaskedTD3),
-        (case(args=dataclasses.replace(DEFAULTS, dense_moments=True)), MaskedTD3),
-        (sac_case(arguments={"learn_temperature": True}), MaskedSAC),
+        case(),
+        case(sparsity=0.0, args=dataclasses.replace(DEFAULTS, method="td3")),
+        case(args=HighSparsityArguments(**SHARED)),
+        case(args=DenseMomentsArguments(**SHARED)),
+        sac_case(arguments={"learn_temperature": True}),
     ],
     ids=["ds-td3", "td3", "recipe", "dense moments", "ds-sac"],
 )
-def test_a_gpu_trains_as_the_cpu_does(this, engine):
+def test_a_gpu_trains_as_the_cpu_does(this):
     states, draws = [], []
     for device in ("cpu", "cuda"):
         on_device = dataclasses.replace(this, args=dataclasses.replace(this.args, device=device))
-        agent, rng = on_device.agent(engine)
+        agent, rng = on_device.agent("masked")
         on_device.train(agent, rng, range(1, 61))
-        states.append(agent.state())
+        states.append(agent.state_dict())
         draws.append(rng.bit_generator.state)
-        assert {str(layer.weight.device) for layer in agent.actor.layers} == {device.replace("cuda", "cuda:0")}
+        assert {str(layer.weight.device) for layer in agent.engine.actor.layers} == {device.replace("cuda", "cuda:0")}
     assert draws[0] == draws[1] and set(states[0]) == set(states[1])
     for name, array in states[0].items():
         np.testing.assert_allclose(states[1][name], array, rtol=1e-8, atol=1e-11, err_msg=name)

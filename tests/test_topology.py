@@ -90,7 +90,7 @@ def test_lambda_gives_the_papers_counts():
 
 @pytest.mark.parametrize("asked", [{"sparsity": 0.99999}, {"er_lambda": (0.0001, 64)}])
 def test_an_empty_layer_is_refused(asked):
-    with pytest.raises(InputError, match="without a connection"):
+    with pytest.raises(InputError, match=r"leaves layer 1 of \[17, 256, 256, 6\] no connection"):
         count_connections([17, 256, 256, 6], **asked)
 
 

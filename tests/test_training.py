@@ -1,15 +1,20 @@
 """Whole runs: they learn, repeat themselves to the byte, survive anything, and refuse what they cannot use."""
 
 import dataclasses
+import importlib.metadata
+import io
 import itertools
 import json
 import os
+import platform
 import re
 import resource
 import shutil
 import signal
 import subprocess
-from contextlib import contextmanager, nullcontext
+import sys
+import tempfile
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import gymnasium
@@ -18,8 +23,10 @@ import pytest
 from conftest import (
     REPEATED,
     SHORT,
+    Killed,
     assert_refused,
     assert_same_bytes,
+    before_step,
     finished_run,
     killed_after,
     needs_gpu,
@@ -30,7 +37,10 @@ from conftest import (
 )
 
 import dst_td3
+from dense_moments import DenseMomentsArguments
 from dst_sac import SACArguments
+from dst_td3 import Arguments
+from high_sparsity import HighSparsityArguments
 
 
 @pytest.fixture(scope="session")
@@ -71,12 +81,35 @@ def test_ds_td3_changes_its_topology_and_keeps_its_size(unbroken):
         assert len(sizes) == 1
 
 
+def test_a_row_of_topology_counts_the_first_connections_that_are_left(tmp_path):
+    args = Arguments(env="Hopper-v4", engine="masked", sparsity=0.8, hidden=(16, 12), results_dir=tmp_path)
+    run = dst_td3.Run(dataclasses.replace(args, learning_starts=10, adapt_interval=5, drop_fraction=0.3))
+    first = {name: network.layer_arrays() for name, network in run.agent.networks.items()}
+    for _ in range(40):
+        run.advance()
+    run.directory.mkdir(parents=True)
+    run.evaluate()
+    rows = run.tables["topology"]
+    assert [(row["network"], row["layer"]) for row in rows] == [(n, i) for n in ("actor", "critic") for i in (1, 2)]
+    for row in rows:
+        now = run.agent.networks[row["network"]].layer_arrays()
+        mask, initial = (layers[row["layer"] - 1].mask for layers in (now, first[row["network"]]))
+        mask, initial = (m if m.ndim == 2 else m[0] for m in (mask, initial))  # of the first critic
+        assert 0 < row["initial_connections_alive"] < 1
+        assert row["initial_connections_alive"] == pytest.approx(mask[initial == 1].mean())
+        counts = [str(int(count)) for count in mask.sum(1)]
+        assert row["connections_per_input"].split() == (counts if row["layer"] == 1 else [])
+
+
 def test_a_run_directory_holds_what_it_should(unbroken):
     assert unbroken.parts[-3] == "Hopper-v4" and unbroken.name == "seed0"
     files = {path.name for path in unbroken.iterdir()}
     assert files == {"config.json", "summary.json", "timing.csv", *REPEATED}
     config, summary = (json.loads((unbroken / f"{name}.json").read_text()) for name in ("config", "summary"))
-    assert config["arguments"]["adapt_interval"] == 100 and config["versions"]["torch"] == dst_td3.torch.__version__
+    assert config["arguments"]["adapt_interval"] == 100
+    packages = ("torch", "gymnasium", "mujoco", "numpy", "numba", "llvmlite", "scipy")
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    assert config["versions"] == versions | {"python": platform.python_version()}
     rows = rows_of(unbroken / "evaluations.csv")
     assert [int(row["step"]) for row in rows] == list(range(0, 2401, 400))
     returns = [float(row["return_mean"]) for row in rows]
@@ -85,43 +118,90 @@ def test_a_run_directory_holds_what_it_should(unbroken):
     assert summary["peak_memory_bytes"] > 50e6
 
 
-def test_progress_is_a_line_for_each_evaluation_where_output_is_no_terminal(command_line, unbroken, tmp_path):
-    _, output, _ = command_line(*SHORT, "--results-dir", tmp_path)
-    begin, *lines, _, _ = output.splitlines()
+class Terminal(io.StringIO):
+    """What a program writes to a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_the_same_command_makes_the_same_bytes_and_a_line_for_each_evaluation_on_a_terminal_too(
+    command_line, monkeypatch, unbroken, tmp_path, terminal
+):
+    bar = Terminal() if terminal else io.StringIO()
+    monkeypatch.setattr(sys, "stderr", bar)
+    code, output, _ = command_line(*SHORT, "--results-dir", tmp_path)
+    assert code == 0
+    assert_same_bytes(run_directory(tmp_path), unbroken)
+    assert ("2.40k/2.40k" in bar.getvalue()) == terminal
+    begin, *lines, _ = output.splitlines()
     assert begin.endswith("seed 0, sparse engine on cpu: step 0 of 2,400")
     for line, row in zip(lines, rows_of(unbroken / "evaluations.csv"), strict=True):
         step, mean, std = int(row["step"]), float(row["return_mean"]), float(row["return_std"])
-        speed = "" if step == 0 else r"  +[\d.]+ steps/s" if step <= 400 else r"  +[\d.]+ steps/s  [\d:]+ left"
+        speed = "" if step == 0 else r"  [\d,]+ steps/s" if step <= 400 else r"  [\d,]+ steps/s  \d\d:\d\d left"
         assert re.fullmatch(rf"step +{step:,}  return +{mean:.1f} \+- +{std:.1f}  sparsity 0\.\d\d{speed}", line), line
+
+
+def test_a_progress_line_has_the_speed_since_the_last_one_and_the_time_left(monkeypatch, capsys, tmp_path):
+    now = [100.0]
+    args = Arguments(env="Hopper-v4", engine="masked", sparsity=0.5, hidden=(8, 8), results_dir=tmp_path)
+    run = dst_td3.Run(args)
+    monkeypatch.setattr(dst_td3.time, "perf_counter", lambda: now[0])
+    with ExitStack() as closing:
+        progress = dst_td3.Progress(run, closing)
+        for step, seconds in ((0, 3), (20_000, 4), (30_000, 20), (40_000, 10)):
+            now[0] += seconds
+            progress.evaluated({"step": step, "return_mean": 1.0, "return_std": 2.0})
+    _, *lines = capsys.readouterr().out.splitlines()
+    # Random actions before step 25,000 are many times faster, so that they say nothing of the time left.
+    expected = ("sparsity 0.46", "5,000 steps/s", "500 steps/s  32:20 left", "1,000 steps/s  16:00 left")
+    assert [line.endswith(end) for line, end in zip(lines, expected, strict=True)] == [True] * 4, lines
 
 
 # The same bytes, whatever happens
 
 
-def test_the_same_command_makes_the_same_bytes_and_another_seed_others(command_line, unbroken, tmp_path):
-    for seed in (0, 1):
-        command_line(*SHORT, "--seed", seed, "--results-dir", tmp_path / str(seed))
-    assert_same_bytes(run_directory(tmp_path / "0"), unbroken)
-    evaluations = run_directory(tmp_path / "1") / "evaluations.csv"
+def test_another_seed_makes_other_bytes(command_line, unbroken, tmp_path):
+    command_line(*SHORT, "--seed", 1, "--results-dir", tmp_path)
+    evaluations = run_directory(tmp_path) / "evaluations.csv"
     assert evaluations.read_bytes() != (unbroken / "evaluations.csv").read_bytes()
 
 
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 143), (signal.SIGINT, 130)]
-)
+def test_a_killed_process_resumes_to_the_same_bytes(command_line, unbroken, stopped):
+    """Killed twice: while it explores at random, and while it learns with adapted topologies."""
+    results = stopped.parents[2]
+    process = start_process(*SHORT, "--results-dir", results)
+    wait_for_step(results, 900)
+    process.kill()
+    output, _ = process.communicate()
+    assert process.returncode == -signal.SIGKILL, output
+    assert not (stopped / "summary.json").exists()
+    assert command_line(*SHORT, "--results-dir", results)[0] == 0
+    assert_same_bytes(stopped, unbroken)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_stopped_run_resumes_to_the_same_bytes(command_line, unbroken, tmp_path, number, code):
-    """Stopped twice: while it explores at random, and while it learns with adapted topologies."""
-    for step in (150, 900):
-        process = start_process(*SHORT, "--results-dir", tmp_path)
-        wait_for_step(tmp_path, step)
-        process.send_signal(number)
-        output, _ = process.communicate(timeout=240)
-        assert process.returncode == code, output
-        if number != signal.SIGKILL:
-            assert f"stopped by {number.name}" in output and "the same command goes on" in output
+    """Stopped while it explores at random, and while it learns with adapted topologies; the signal is a real one."""
+    for step in (250, 1100):
+        with before_step(step, lambda: signal.raise_signal(number)):
+            stopped, output, _ = command_line(*SHORT, "--results-dir", tmp_path)
+        assert stopped == code
+        assert f"stopped by {number.name}" in output and "the same command goes on" in output
     assert not (run_directory(tmp_path) / "summary.json").exists()
     assert command_line(*SHORT, "--results-dir", tmp_path)[0] == 0
     assert_same_bytes(run_directory(tmp_path), unbroken)
+
+
+def test_a_second_signal_stops_at_once(command_line, tmp_path):
+    def twice() -> None:
+        signal.raise_signal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+        raise Killed
+
+    with before_step(500, twice), pytest.raises(Killed):
+        command_line(*SHORT, "--results-dir", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -158,19 +238,19 @@ def test_a_full_disk_loses_nothing(command_line, unbroken, tmp_path):
 
 def test_transitions_are_not_written_twice(tmp_path):
     """Between two checkpoints the file of transitions grows at its end, and nothing before is touched."""
-    args = dst_td3.Arguments(env="Hopper-v4", total_timesteps=1000, device="cpu", engine="masked", results_dir=tmp_path)
-    run = dst_td3.Run(args, dst_td3.RunDirectory(args))
-    transitions, written = run.directory.path / "transitions.bin", []
-    with run.directory.opened():
-        for _ in range(3):
-            for _ in range(50):
-                run.advance()
-            before = transitions.read_bytes() if transitions.exists() else b""
-            transitions.exists() and transitions.write_bytes(b"x" * len(before))  # what is on disk stays as it is
-            run.save()
-            after = transitions.read_bytes()
-            assert after[: len(before)] == b"x" * len(before)
-            written.append(len(after) - len(before))
+    args = Arguments(env="Hopper-v4", total_timesteps=1000, engine="masked", sparsity=0.5, results_dir=tmp_path)
+    run = dst_td3.Run(args)
+    run.directory.mkdir(parents=True)
+    transitions, written = run.directory / "transitions.bin", []
+    for _ in range(3):
+        for _ in range(50):
+            run.advance()
+        before = transitions.read_bytes() if transitions.exists() else b""
+        transitions.exists() and transitions.write_bytes(b"x" * len(before))  # what is on disk stays as it is
+        run.save()
+        after = transitions.read_bytes()
+        assert after[: len(before)] == b"x" * len(before)
+        written.append(len(after) - len(before))
     assert written == [50 * run.buffer.rows[0].nbytes] * 3
 
 
@@ -196,13 +276,12 @@ def test_an_episode_follows_from_the_random_generators_state_alone(name):
 def test_an_environment_with_randomness_of_its_own_is_not_resumed(command_line, tmp_path):
     arguments = ["--env", "OwnRandomness-v0", "--total-timesteps", 40, "--learning-starts", 20, "--eval-episodes", 1]
     arguments += ["--checkpoint-interval", 10, "--results-dir", tmp_path]
-    args = dst_td3.Arguments(env="OwnRandomness-v0", total_timesteps=40, learning_starts=20, eval_episodes=1)
-    args = dst_td3.resolve(dataclasses.replace(args, results_dir=tmp_path))
-    run = dst_td3.Run(args, dst_td3.RunDirectory(args))
-    with run.directory.opened():
-        while not run.step or not run.between_episodes:
-            run.advance()
-        run.save()
+    args = Arguments(env="OwnRandomness-v0", total_timesteps=40, learning_starts=20, eval_episodes=1)
+    run = dst_td3.Run(dst_td3.resolve(dataclasses.replace(args, results_dir=tmp_path)))
+    run.directory.mkdir(parents=True)
+    while not run.step or not run.between_episodes:
+        run.advance()
+    run.save()
     code, _, error = command_line(*arguments)
     assert code == 1 and "begins an episode otherwise than before" in error and error.count("\n") == 1
 
@@ -210,30 +289,43 @@ def test_an_environment_with_randomness_of_its_own_is_not_resumed(command_line, 
 # What a run directory was begun with
 
 
+# What the paper's runs have of the options that have programs of their own.
+PAPERS = {"drop_by": "magnitude", "recycle_dormant": False, "step_exponent": 0.0, "dense_moments": False}
+
+
+def kind_of(stored: dict) -> type[Arguments]:
+    """Return the arguments of the program that goes on with a run of stored ones."""
+    other = [name for name, papers in PAPERS.items() if stored.get(name, papers) != papers]
+    if not other:
+        return Arguments if stored["method"].endswith("td3") else SACArguments
+    return DenseMomentsArguments if other == ["dense_moments"] else HighSparsityArguments
+
+
 def test_the_committed_runs_are_finished(command_line, monkeypatch):
     """Also where arguments have been added since they were made, and on a machine with a GPU."""
-
     monkeypatch.setattr(dst_td3.torch.cuda, "is_available", lambda: True)
-    directories = [
-        path.parent for path in (dst_td3.Path(dst_td3.__file__).parent / "results").glob("*-v4/*/*/summary.json")
-    ]
+    results = Path(dst_td3.__file__).parent / "results"
+    directories = [path.parent for path in results.glob("*-v4/*/*/summary.json")]
     assert len(directories) >= 6
+    kinds = set()
     for directory in directories:
         stored = json.loads((directory / "config.json").read_text())["arguments"]
-        algorithm = dst_td3.Arguments if stored["method"].endswith("td3") else SACArguments
-        more = dataclasses.make_dataclass("More", [("added_later", float, 0.5)], bases=(algorithm,), frozen=True)
-        left_open = ("engine", "device")
-        given = {k: tuple(v) if isinstance(v, list) else v for k, v in stored.items() if k not in left_open}
+        kind = kind_of(stored)
+        more = dataclasses.make_dataclass("More", [("added_later", float, 0.5)], bases=(kind,), frozen=True)
+        left_open, known = {"engine", "device"}, {field.name for field in dataclasses.fields(kind)}
+        assert all(stored[name] == PAPERS[name] for name in set(stored) - known)
+        values = {name: value for name, value in (PAPERS | stored).items() if name in known - left_open}
+        given = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
         if stored.get("initial_policy"):  # kept by name and content; it is one of the same seed's snapshots
             snapshot = stored["initial_policy"].split()[0]
             given["initial_policy"] = directory.parents[1] / stored["method"] / directory.name / snapshot
         args = dst_td3.resolve(more(**given, results_dir=directory.parents[2]))
-        assert (args.engine, args.device) == (stored["engine"], stored["device"])
-        run_directory = dst_td3.RunDirectory(args)
-        assert run_directory.finished and run_directory.path == directory
-        assert run_directory.begun_with() == run_directory.arguments
+        args.validate()
+        assert dst_td3.run_directory(args) == directory and dst_td3.is_finished(args)
+        kinds.add(kind)
+    assert kinds >= {Arguments, HighSparsityArguments, DenseMomentsArguments}
     args = dataclasses.replace(args, added_later=0.6)
-    assert dst_td3.variant(args).endswith("_added-later=0.6")
+    assert dst_td3.run_name(args).endswith("_added-later=0.6")
 
 
 def test_a_resumed_run_says_what_makes_it_now(command_line, stopped):
@@ -266,8 +358,6 @@ def test_a_finished_run_is_left_alone(command_line, unbroken, tmp_path):
     code, output, _ = command_line(*SHORT, "--results-dir", tmp_path / "copy")
     assert code == 0 and "finished already" in output
     assert times == {path.name: path.stat().st_mtime_ns for path in run_directory(tmp_path / "copy").iterdir()}
-    code, output, _ = command_line(*SHORT, "--snapshot-at", 800, "--results-dir", tmp_path / "copy")
-    assert code == 0 and "--snapshot-at 800 comes too late" in output
 
 
 def test_snapshots_are_kept_and_an_initial_policy_acts_first(command_line, tmp_path):
@@ -333,7 +423,7 @@ for name, options in {
 }.items():
     gymnasium.register(name, entry_point=Broken, kwargs=options)
 
-THE_PAPERS = "(the paper's are HalfCheetah-v4, Hopper-v4, Walker2d-v4, Ant-v4, Humanoid-v4)"
+UNMADE = "cannot be made (the paper's are HalfCheetah-v4, Hopper-v4, Walker2d-v4, Ant-v4, Humanoid-v4)"
 
 
 @pytest.mark.parametrize(
@@ -341,7 +431,10 @@ THE_PAPERS = "(the paper's are HalfCheetah-v4, Hopper-v4, Walker2d-v4, Ant-v4, H
     [
         ("--env Hoper-v4", "Did you mean: `Hopper`?"),
         ("--env Hopper-v3", "Hopper-v4"),
-        ("--env Nonsense", f"environment Nonsense cannot be made {THE_PAPERS}: Environment `Nonsense` doesn't exist"),
+        (
+            "--env Nonsense",
+            f"Nonsense {UNMADE}: NameNotFound: Environment `Nonsense` doesn't exist",
+        ),
         ("--env DiscreteActions-v0", "vector of real numbers"),
         ("--env DictionaryObservations-v0", "vector of real numbers"),
         ("--env ImageObservations-v0", "vector of real numbers"),
@@ -349,23 +442,19 @@ THE_PAPERS = "(the paper's are HalfCheetah-v4, Hopper-v4, Walker2d-v4, Ant-v4, H
         ("--sparsity 1", "--sparsity must be at least 0 and below 1, not 1.0"),
         ("--sparsity -0.1", "--sparsity must be"),
         ("--sparsity nan", "--sparsity must be"),
-        ("--sparsity 0.99999", "without a connection"),
+        ("--sparsity 0.99999", "leaves layer 1 of [11, 256, 256, 3] no connection"),
         ("--er-lambda 0 64", "--er-lambda must be 2 positive numbers"),
         ("--er-lambda -7 64", "--er-lambda must be"),
         ("--er-lambda 7", "one for each hidden layer"),
         ("--er-lambda 7 64 --sparsity 0.5", "give one of them"),
         ("--method td3 --sparsity 0.5", "td3 is dense"),
         ("--method td3 --er-lambda 7 64", "td3 is dense"),
-        ("--method td3 --dense-moments", "--dense-moments"),
-        ("--engine sparse --dense-moments", "and no --dense-moments"),
         ("--batch-size 0", "--batch-size must be a positive whole number, not 0"),
         ("--total-timesteps -5", "--total-timesteps must be"),
         ("--total-timesteps 25000", "--total-timesteps must be more than --learning-starts (25000)"),
         ("--env no_such_module:Env-v0", "no_such_module"),
-        ("--env FailsToStart-v0", f"cannot be made {THE_PAPERS}: 'a file is missing'"),
+        ("--env FailsToStart-v0", f"{UNMADE}: KeyError: 'a file is missing'"),
         ("--buffer-size 0", "--buffer-size must be"),
-        ("--recycle-dormant --weight-decay 0", "--weight-decay must be positive with --recycle-dormant, not 0.0"),
-        ("--drop-by contribution --method td3", "--drop-by must be left out with --method td3, which drops nothing"),
         ("--buffer-size 10000000000000 --total-timesteps 10000000000000", "--buffer-size"),
         ("--hidden 0", "--hidden must be"),
         ("--hidden", "--hidden must be"),
@@ -376,7 +465,8 @@ THE_PAPERS = "(the paper's are HalfCheetah-v4, Hopper-v4, Walker2d-v4, Ant-v4, H
         ("--threads 0", "--threads must be"),
         ("--seed -1", "--seed must be"),
         ("--device tpu", "--device"),
-        ("--snapshot-at 5 2000000", "--snapshot-at must be steps of the run, 1 to 1000000, not 5 2000000"),
+        ("--device auto", "--device"),
+        ("--snapshot-at 5 2000000", "--snapshot-at must be steps of the run, 1 to 1000000, not (5, 2000000)"),
         ("--snapshot-at 0", "--snapshot-at must be"),
         ("--buffer-size 99999999999999999 --total-timesteps 99999999999999999", "more than this machine's memory"),
         ("--initial-policy nowhere.npz", "nowhere.npz is no policy"),
@@ -390,25 +480,45 @@ def test_bad_input_gets_one_clear_line_and_exit_code_2(command_line, tmp_path, a
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"),
+    "given",
     [
-        ({}, ("sparse", "cpu")),
-        ({"method": "td3"}, ("sparse", "cpu")),
-        ({"engine": "masked"}, ("masked", "cuda")),
-        ({"dense_moments": True}, ("masked", "cuda")),
-        ({"device": "cuda"}, ("masked", "cuda")),
+        *("--drop-by contribution", "--drop_by=magnitude", "--recycle-dormant"),
+        *("--step-exponent 0.5", "--step-exponent=0", "--dense-moments"),
     ],
 )
-def test_auto_leaves_a_gpu_to_the_masked_engine(monkeypatch, tmp_path, given, expected):
+def test_an_option_that_has_a_program_of_its_own_is_named_with_it(command_line, tmp_path, given):
+    flag = given.split()[0].partition("=")[0].replace("_", "-")
+    program = "dense_moments.py" if flag == "--dense-moments" else "high_sparsity.py"
+    code, output, error = command_line(*given.split(), "--results-dir", tmp_path)
+    assert (code, output) == (2, "") and error == f"dst_td3.py: error: {flag} is an option of {program}\n"
+
+
+@pytest.mark.parametrize("kind", [Arguments, SACArguments, HighSparsityArguments])
+def test_auto_is_the_sparse_engine_wherever_it_can_be(monkeypatch, kind):
+    monkeypatch.setattr(dst_td3.torch.cuda, "is_available", lambda: True)  # a GPU alone is no reason to use it
+
+    def engine(**given) -> str:
+        return dst_td3.resolve(kind(**given)).engine
+
+    assert engine() == engine(method=kind().method.replace("ds-", "")) == "sparse"
+    assert engine(engine="masked") == engine(device="cuda") == "masked"
+    found = dst_td3.importlib.util.find_spec
+    for missing in ("sparse_engine", "numba", "scipy", "threadpoolctl"):
+        monkeypatch.setattr(dst_td3.importlib.util, "find_spec", lambda n, m=missing: None if n == m else found(n))
+        assert engine() == "masked"
+        with pytest.raises(dst_td3.InputError, match=f"--engine sparse needs a CPU and the packages .*{missing}"):
+            engine(engine="sparse")
+
+
+def test_the_sparse_engine_is_refused_on_a_gpu(command_line, tmp_path, monkeypatch):
     monkeypatch.setattr(dst_td3.torch.cuda, "is_available", lambda: True)
-    args = dst_td3.resolve(dst_td3.Arguments(**given, results_dir=tmp_path))
-    assert (args.engine, args.device) == expected
+    assert_refused(command_line, tmp_path, "--engine sparse --device cuda", "--engine sparse needs a CPU")
 
 
 def test_a_missing_gpu_is_said(command_line, tmp_path, monkeypatch):
     monkeypatch.setattr(dst_td3.torch.cuda, "is_available", lambda: False)
     code, _, error = command_line("--device", "cuda", "--results-dir", tmp_path)
-    assert code == 2 and "there is none" in error
+    assert code == 2 and "--device must be cpu (torch finds no GPU to use), not cuda" in error
 
 
 FAILURES = {
@@ -451,14 +561,11 @@ def test_actions_of_double_precision_are_no_obstacle(command_line, tmp_path, eng
     assert code == 0, error
 
 
-def test_a_diverged_policy_stops_the_run(tmp_path):
-    args = dst_td3.Arguments(
-        env="Hopper-v4", learning_starts=2, results_dir=tmp_path, hidden=(8, 8), device="cpu", engine="masked"
-    )
-    run = dst_td3.Run(args, dst_td3.RunDirectory(args))
+def test_a_diverged_policy_stops_the_run():
+    run = dst_td3.Run(Arguments(env="Hopper-v4", learning_starts=2, hidden=(8, 8), sparsity=0.5, engine="masked"))
     run.advance()
     run.advance()
-    run.agent.actor.layers[0].bias.data.fill_(np.nan)
+    run.agent.engine.actor.layers[0].bias.data.fill_(np.nan)
     with pytest.raises(dst_td3.RunError, match="the policy's action is not finite"):
         run.advance()
 
@@ -468,7 +575,7 @@ def killed(tmp_path_factory) -> Path:
     """The run directory that a killed process left, with a checkpoint."""
     results = tmp_path_factory.mktemp("killed")
     process = start_process(*SHORT, "--results-dir", results)
-    wait_for_step(results, 300)
+    wait_for_step(results, 150)
     process.kill()
     process.communicate()
     return run_directory(results)
@@ -523,27 +630,32 @@ def test_a_checkpoint_of_another_run_is_refused(command_line, stopped, tmp_path)
 
 
 @pytest.mark.parametrize("directory", ["unbroken", "stopped"])
-def test_a_folder_with_other_arguments_is_refused_at_once(command_line, monkeypatch, request, directory):
-    monkeypatch.setattr(dst_td3, "Run", None)  # making one may compile for minutes
+def test_a_folder_with_other_arguments_is_refused(command_line, request, directory):
     path = request.getfixturevalue(directory)
     code, _, error = command_line(*SHORT, "--threads", 2, "--results-dir", path.parents[2])
     assert code == 2 and "threads 1 there and 2 here" in error
 
 
+def test_only_an_unfinished_run_needs_the_engine_that_it_was_begun_with(command_line, unbroken, stopped):
+    code, _, error = command_line(*SHORT, "--engine", "masked", "--results-dir", stopped.parents[2])
+    assert code == 2 and "engine sparse there and masked here" in error
+    code, output, _ = command_line(*SHORT, "--engine", "masked", "--results-dir", unbroken.parents[2])
+    assert code == 0 and "finished already" in output
+
+
 def test_a_folder_in_use_is_refused(command_line, tmp_path):
-    process = start_process(*SHORT, "--results-dir", tmp_path)
-    wait_for_step(tmp_path, 150)
-    code, _, error = command_line(*SHORT, "--results-dir", tmp_path)
-    process.kill()
-    process.communicate()
+    refusals = []
+    with before_step(200, lambda: refusals.append(command_line(*SHORT, "--results-dir", tmp_path))):
+        assert command_line(*SHORT, "--results-dir", tmp_path)[0] == 0
+    ((code, _, error),) = refusals
     assert code == 2 and "another process" in error
 
 
 @contextmanager
-def without_rights(folder: Path):
-    """Take from this process, be it root's, the right to enter a folder."""
+def with_rights(folder: Path, rights: int):
+    """Give this process, be it root's, only these rights to a folder."""
     user = os.geteuid()
-    folder.chmod(0)
+    folder.chmod(rights)
     if user == 0:
         os.seteuid(65534)
     try:
@@ -554,14 +666,14 @@ def without_rights(folder: Path):
 
 
 @pytest.mark.parametrize("why", ["a file", "no right to write", "no right to enter"])
-def test_an_unusable_results_folder_is_refused_at_once(command_line, monkeypatch, tmp_path, why):
-    monkeypatch.setattr(dst_td3, "Run", None)  # making one may compile for minutes
-    results = tmp_path / "results"
-    results.write_text("") if why == "a file" else results.mkdir()
-    if why == "no right to write":
-        monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)  # as root may write everywhere
-    with without_rights(results) if why == "no right to enter" else nullcontext():
-        code, _, error = command_line(*SHORT, "--results-dir", results)
+def test_an_unusable_results_folder_is_refused(command_line, why):
+    with tempfile.TemporaryDirectory() as parent:  # not pytest's, which lets in its owner alone
+        Path(parent).chmod(0o755)
+        results = Path(parent) / "results"
+        results.write_text("") if why == "a file" else results.mkdir()
+        rights = {"a file": 0o444, "no right to write": 0o555, "no right to enter": 0}[why]
+        with with_rights(results, rights):
+            code, _, error = command_line(*SHORT, "--engine", "masked", "--results-dir", results)
     assert code == 2 and "cannot use" in error and error.count("\n") == 1
 
 
@@ -576,12 +688,11 @@ def test_loading_executes_nothing(tmp_path, command_line):
     np.savez(tmp_path / "policy.npz", **{"0.shape": objects, "env": objects})
     with pytest.raises(dst_td3.InputError, match="no policy"):
         dst_td3.load_policy(tmp_path / "policy.npz", "Hopper-v4")
-    args = dst_td3.Arguments(env="Hopper-v4", results_dir=tmp_path, device="cpu", engine="masked", total_timesteps=100)
-    run = dst_td3.Run(args, dst_td3.RunDirectory(args))
-    with run.directory.opened():
-        np.savez(run.directory.path / "checkpoint.npz", state=objects)
-        with pytest.raises(dst_td3.InputError, match="cannot be resumed"):
-            run.load()
+    run = dst_td3.Run(Arguments(env="Hopper-v4", results_dir=tmp_path, engine="masked", sparsity=0.5))
+    run.directory.mkdir(parents=True)
+    np.savez(run.directory / "checkpoint.npz", state=objects)
+    with pytest.raises(dst_td3.InputError, match="cannot be resumed"):
+        run.load()
     assert not (tmp_path / "executed").exists()
 
 
@@ -609,12 +720,11 @@ def test_a_missing_logger_is_said(command_line, tmp_path, monkeypatch, flag, pac
     assert code == 2 and f"{flag} needs the package {package}" in error
 
 
-def test_variants_are_named_by_what_differs_from_the_paper():
+def test_runs_are_named_by_what_differs_from_the_paper():
     def name(**changes) -> str:
-        return dst_td3.variant(dst_td3.resolve(dst_td3.Arguments(device="cpu", **changes)))
+        return dst_td3.run_name(dst_td3.resolve(Arguments(**changes)))
 
     assert name() == name(er_lambda=(7.0, 64.0)) == name(seed=3, threads=2) == "ds-td3"
     assert name(method="td3") == "td3"
     assert name(sparsity=0.8) == "ds-td3_sparsity=0.8"
     assert name(adapt_interval=200, er_lambda=(5.0, 6.5)) == "ds-td3_er-lambda=5,6.5_adapt-interval=200"
-    assert name(dense_moments=True) == "ds-td3_dense-moments=True"
