@@ -993,11 +993,12 @@ def train(args: Arguments) -> int:
         signal.signal(number, signal.SIG_DFL)  # a second one stops at once
 
     with ExitStack() as closing:
-        with reported_as(InputError, f"cannot use {run.directory} (another process may be training there):", OSError):
+        with reported_as(InputError, f"cannot use {run.directory}:", OSError):
             run.directory.mkdir(parents=True, exist_ok=True)
             lock = closing.enter_context(open(run.directory / "lock", "w"))
+        with reported_as(InputError, f"another process is training in {run.directory}:", OSError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if is_finished(args):
+        if is_finished(args):  # by another process, meanwhile
             raise InputError(f"another process has just finished {run.directory}")
         run.load()
         run.note_provenance()
@@ -1042,7 +1043,7 @@ def main(arguments: type[Arguments] = Arguments) -> int:
     """Run the command line of an algorithm and return its exit code."""
 
     def program(name: str) -> int | None:
-        for option in (word.partition("=")[0].replace("_", "-") for word in sys.argv[1:]):
+        for option in (word.partition("=")[0].replace("_", "-").replace("--no-", "--") for word in sys.argv[1:]):
             if option in arguments.MOVED:
                 raise InputError(f"{option} is an option of {arguments.MOVED[option]}")
         args = tyro.cli(arguments, prog=name)
