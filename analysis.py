@@ -1,61 +1,273 @@
-"""The statistics that results/rules.md fixes for the verdicts on the paper's claims.
+"""Runs and their statistics, and what every table and figure of report.py is made with.
 
 A sample is a list with one array per task, of shape (seeds,), or (resamples, seeds) within the bootstrap; seeds may
-differ between tasks. Sources: Agarwal et al. 2021, "Deep Reinforcement Learning at the Edge of the Statistical
-Precipice" (rliable), whose definitions of the probability of improvement, the interquartile mean and the stratified
-bootstrap these are; Mann and Whitney 1947; Welch 1947; Holm 1979.
+differ between tasks. A return is the sum of an episode's rewards, an LCA a sum of returns over environment steps.
+Sources: Sokar et al. 2022 (arXiv 2106.04217), whose numbers stand below; Agarwal et al. 2021, "Deep Reinforcement
+Learning at the Edge of the Statistical Precipice" (rliable), whose definitions of the probability of improvement, the
+interquartile mean and the stratified bootstrap these are; Mann and Whitney 1947; Welch 1947; Holm 1979.
 """
 
-import csv
+import dataclasses
+import io
+import itertools
+import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+import matplotlib
 import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from scipy import stats
 
+from dst_td3 import Layer, read_policy
+
 TASKS = ("HalfCheetah-v4", "Walker2d-v4", "Hopper-v4", "Ant-v4", "Humanoid-v4")
-# The paper's means of five seeds, on the -v3 tasks in the same order: TD3's return (Table 2) and LCA (Table 1).
-PAPER_TD3_RETURN = dict(zip(TASKS, (11153.48, 4042.36, 2184.78, 4287.69, 3809.15), strict=True))
-PAPER_TD3_LCA = dict(zip(TASKS, (1.7686, 0.5264, 0.4788, 0.5524, 0.3635), strict=True))
+METHODS = {"td3": "TD3", "static-td3": "Static-TD3", "ds-td3": "DS-TD3"}
+SAC_METHODS = {"sac": "SAC", "ds-sac": "DS-SAC"}
+PAIRS = (("ds-td3", "td3"), ("static-td3", "td3"), ("ds-td3", "static-td3"))
 
-STEPS, EVALUATIONS, LAST = 1_000_000, 201, 10
+STEPS, EVALUATIONS, EVAL_INTERVAL, LAST, SEEDS = 1_000_000, 201, 5000, 10, range(5)  # the paper's
 RESAMPLES, SEED, LEVEL = 50_000, 0, 0.95
+LEAST_SEEDS = 3  # of every sample that an interval is drawn from; that of two seeds is no more than both of them
+
+# The paper's numbers, of five seeds on the -v3 tasks, for TD3, Static-TD3, DS-TD3 and SAC: the mean LCA (Table 1), and
+# mean and standard deviation of the return (Table 2).
+PAPER_LCA = {
+    "HalfCheetah-v4": (1.7686, 1.7666, 1.9560, 1.7297),
+    "Walker2d-v4": (0.5264, 0.5167, 0.6956, 0.6128),
+    "Hopper-v4": (0.4788, 0.4984, 0.5435, 0.5572),
+    "Ant-v4": (0.5524, 0.5807, 0.6623, 0.7969),
+    "Humanoid-v4": (0.3635, 0.5182, 0.6089, 0.5639),
+}
+PAPER_RETURN = {
+    "HalfCheetah-v4": ((11153.48, 473.29), (10583.84, 307.03), (11459.88, 482.55), (11415.23, 357.22)),
+    "Walker2d-v4": ((4042.36, 576.57), (3951.01, 443.78), (4870.57, 525.33), (4566.18, 448.25)),
+    "Hopper-v4": ((2184.78, 1224.14), (3570.88, 43.71), (3587.17, 70.62), (3387.36, 148.73)),
+    "Ant-v4": ((4287.69, 1080.88), (4148.61, 801.34), (5011.56, 596.95), (5848.64, 385.85)),
+    "Humanoid-v4": ((3809.15, 1053.40), (4989.47, 546.32), (5238.16, 121.71), (5518.61, 97.03)),
+}
+PAPER_MEANS = {task: tuple(mean for mean, _ in pairs) for task, pairs in PAPER_RETURN.items()}
+V4_NOTE = (
+    "The paper used gym's `-v3` environments; ours are gymnasium's `-v4`, the same tasks on newer simulator bindings, "
+    "with close but not equal returns (Humanoid-v4's contact cost is always zero, Ant-v4 has 27 observations instead "
+    "of 111)."
+)
 
 
-# --- A run ------------------------------------------------------------------------------------------------------------
-def read_evaluations(run: Path, missing: float = math.nan) -> tuple[np.ndarray, np.ndarray]:
-    """Return a run's steps and returns, both of shape (201,); ``missing`` stands for evaluations it did not reach."""
-    with open(run / "evaluations.csv", newline="") as file:
-        read = [float(row["return_mean"]) for row in csv.DictReader(file)]
-    steps = np.linspace(0, STEPS, EVALUATIONS).astype(int)
-    return steps, np.array(read + [missing] * (EVALUATIONS - len(read)))
+# --- Runs -------------------------------------------------------------------------------------------------------------
+LENGTH_OPTIONS = ("total-timesteps", "learning-starts", "eval-interval", "eval-episodes")
+PAPER_LENGTH = (STEPS, 25_000, EVAL_INTERVAL, 10)
+SUMMARY_FIELDS = {
+    *("connections", "sparsity", "training_flops", "training_flops_of_dense", "peak_memory_bytes", "evaluations"),
+}
+COLUMNS = {
+    "evaluations": ["step", "return_mean"],
+    "topology": ["step", "network", "layer", "initial_connections_alive", "connections_per_input"],
+}
+
+
+class Run(NamedTuple):
+    """A run: the folder ENVIRONMENT/VARIANT/seedN, as ``dst_td3.py`` writes it."""
+
+    folder: Path
+    env: str
+    method: str
+    options: dict[str, str]  # what differs from the paper's settings, other than the run's length
+    length: tuple[int, ...]  # LENGTH_OPTIONS: steps, and what else sets how long and how often a run is looked at
+    seed: int
+    engine: str
+    sessions: list[dict]  # what began the run, then each change of commit, versions or machine that went on with it
+    evaluations: pd.DataFrame
+    topology: pd.DataFrame
+    summary: dict | None  # None: not finished
+    diverged: bool  # stopped for good on numbers that are not finite: its folder has a file "diverged", made by hand
+    actor: list[Layer] | None = None
+
+    @property
+    def steps(self) -> int:
+        """Return how many environment steps the whole run has."""
+        return self.length[0]
+
+    @property
+    def returns(self) -> pd.Series:
+        """Return the mean return of each evaluation, by its step."""
+        return self.evaluations.set_index("step")["return_mean"]
+
+
+def split_name(name: str) -> tuple[str, dict[str, str]]:
+    """Split a variant, METHOD_option=value_..., into method and options. Values may hold "_": "policy=my_own"."""
+    method, *options = re.split(r"_(?=[a-z-]+=)", name)
+    return method, dict(option.split("=", 1) for option in options)
+
+
+def read_run_table(folder: Path, name: str) -> pd.DataFrame:
+    """Read a table of a run, empty where there is none. Raises ValueError where it is not whole."""
+    path, columns = folder / f"{name}.csv", COLUMNS[name]
+    table = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=columns)
+    if not set(columns) <= set(table):
+        raise ValueError(f"{name}.csv lacks columns")
+    numbers = table.drop(columns=["network", "connections_per_input"], errors="ignore")  # the latter of first layers
+    if not np.isfinite(numbers.astype(float)).all(axis=None):
+        raise ValueError(f"{name}.csv lacks values")
+    return table
+
+
+def check_finished(summary: dict, evaluations: pd.DataFrame, topology: pd.DataFrame) -> None:
+    """Raise ValueError where the tables of a finished run do not have the rows that its summary counts."""
+    if missing := SUMMARY_FIELDS - set(summary):
+        raise ValueError(f"summary.json lacks {', '.join(sorted(missing))}")
+    if not len(evaluations) == summary["evaluations"] > 0:
+        raise ValueError(f"evaluations.csv has {len(evaluations)} rows, the summary counts {summary['evaluations']}")
+    if len(topology):
+        rows = topology.groupby("step").size()  # one for each sparse layer
+        if rows.nunique() > 1 or list(rows.index) != list(evaluations["step"]):
+            raise ValueError(f"topology.csv has not all layers at each of {summary['evaluations']} evaluations")
+
+
+def read_run(folder: Path) -> Run:
+    """Read a run but for its policy. Raises OSError, KeyError, TypeError or ValueError where it is damaged."""
+    config = json.loads((folder / "config.json").read_text())
+    arguments, sessions = config["arguments"], [config, *config.get("resumed", [])]
+    if not all({"versions", "machine", "commit"} <= set(session) for session in sessions):
+        raise ValueError("config.json lacks fields")
+    tables = {name: read_run_table(folder, name) for name in COLUMNS}
+    summary = json.loads((folder / "summary.json").read_text()) if (folder / "summary.json").exists() else None
+    if summary is not None:
+        check_finished(summary, **tables)
+    _, options = split_name(folder.parent.name)
+    return Run(
+        folder=folder,
+        env=arguments["env"],
+        method=arguments["method"],
+        options={name: value for name, value in options.items() if name not in LENGTH_OPTIONS},
+        length=tuple(arguments[name.replace("-", "_")] for name in LENGTH_OPTIONS),
+        seed=arguments["seed"],
+        engine=arguments["engine"],
+        sessions=sessions,
+        summary=summary,
+        diverged=(folder / "diverged").exists(),
+        **tables,
+    )
+
+
+def read_actor(run: Run) -> list[Layer] | None:
+    """Read the layers of a run's trained policy, None where it left none. Raises ValueError where it is damaged."""
+    if not (path := run.folder / "policy.npz").exists():
+        return None
+    try:
+        layers, *_ = read_policy(path, run.env)
+    except Exception as error:  # a damaged archive can raise anything
+        raise ValueError(f"left out is its policy alone: {error}") from error
+    shapes = [tuple(layer.weight.shape) for layer in layers]
+    fit = all(outputs == inputs for (_, outputs), (inputs, _) in itertools.pairwise(shapes))
+    if not layers or not fit or any(layer.bias.shape != (1, layer.weight.shape[1]) for layer in layers):
+        raise ValueError(f"left out is its policy alone: its layers do not follow one another, {shapes}")
+    return layers
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """A folder of runs, and what in it cannot be read."""
+
+    folder: Path
+    runs: list[Run]
+    left_out: list[str]
+
+    def select(self, env: str, method: str, options: dict | None = None, length: tuple | None = None) -> list[Run]:
+        """Return the finished runs of one setting and length, the longest unless given, in the order of their seeds."""
+        found = [r for r in self.runs if (r.env, r.method, r.options) == (env, method, options or {}) and r.summary]
+        length = length or max((r.length for r in found), default=None)
+        return sorted((r for r in found if r.length == length), key=lambda r: r.seed)
+
+    def initial_policies(self, method: str, fraction: float) -> list[Run]:
+        """Return Figure 4's runs: their first samples come from a policy after this fraction of as many steps."""
+        named = [(r, r.options["initial-policy"]) for r in self.runs if set(r.options) == {"initial-policy"}]
+        names = {name for run, name in named if name == f"policy-{int(run.steps * fraction)}"}
+        found = [self.select("HalfCheetah-v4", method, {"initial-policy": name}) for name in names]
+        return max(found, key=lambda selected: selected[0].length if selected else (), default=[])
+
+    def describe(self) -> str:
+        """Say in a sentence or two what is there and what cannot be read."""
+        finished = sum(run.summary is not None for run in self.runs)
+        text = f"`{self.folder}` holds {len(self.runs)} runs, {finished} of them finished."
+        if self.left_out:
+            text += " These cannot be read and are left out: " + "; ".join(self.left_out) + "."
+        return text
+
+
+def read_results(folder: Path) -> Results:
+    """Read all runs below a folder. What is damaged is left out and named."""
+    runs, left_out = [], []
+    for path in sorted(folder.glob("*/*/seed*/config.json")):
+        try:
+            runs.append(read_run(path.parent))
+            runs[-1] = runs[-1]._replace(actor=read_actor(runs[-1]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            left_out.append(f"`{path.parent}` ({error})")
+    return Results(folder, runs, left_out)
+
+
+def learning_curves(selected: list[Run]) -> pd.DataFrame:
+    """Return the returns of evaluations, one row a step and one column a seed."""
+    return pd.DataFrame({run.seed: run.returns for run in selected})
+
+
+def final_returns(selected: list[Run]) -> np.ndarray:
+    """Return each seed's final return, shape (seeds,)."""
+    return np.array([final_return(run.returns.to_numpy()) for run in selected])
+
+
+def lcas(selected: list[Run]) -> np.ndarray:
+    """Return each seed's learning curve area, shape (seeds,)."""
+    return np.array([learning_curve_area(*steps_and_returns(run), run.steps) for run in selected])
+
+
+def steps_and_returns(run: Run, missing: float = math.nan) -> tuple[np.ndarray, np.ndarray]:
+    """Return a run's steps and returns, both of shape (evaluations,); ``missing`` stands for what it did not reach."""
+    interval = run.length[2]
+    steps, returns = run.evaluations["step"].to_numpy(), run.returns.to_numpy(float)
+    further = np.arange(len(steps) * interval, run.steps + 1, interval)
+    return np.append(steps, further).astype(int), np.append(returns, np.full(len(further), missing))
 
 
 def read_random_policy(path: Path) -> dict[str, float]:
     """Return the random policy's mean return on each task, from results/random_policy.csv."""
-    with open(path, newline="") as file:
-        return {row["environment"]: float(row["return_mean"]) for row in csv.DictReader(file)}
+    return pd.read_csv(path).set_index("environment")["return_mean"].to_dict()
 
 
+# --- One run ----------------------------------------------------------------------------------------------------------
 def final_return(returns: np.ndarray) -> float:
-    """Return the mean of the last ten of (evaluations,) returns, as Table 2 does."""
-    return float(np.mean(returns[-LAST:]))
+    """Return the mean of the last ten of (evaluations,) returns, as Table 2 does, without that of the untrained policy.
+
+    The first evaluation is the untrained policy's, and in a short run among the last ten.
+    """
+    return float(np.mean(returns[1:][-LAST:]))
 
 
-def learning_curve_area(returns: np.ndarray) -> float:
-    """Return the sum of (evaluations,) returns over the number of steps, Table 1's LCA."""
-    return float(np.sum(returns) / STEPS)
+def learning_curve_area(steps: np.ndarray, returns: np.ndarray, total: int = STEPS) -> float:
+    """Return the sum of (evaluations,) returns over the number of steps, Table 1's LCA.
+
+    The paper evaluates every 5,000 steps; where evaluations lie otherwise apart, each counts for as many of those.
+    """
+    intervals = np.diff(steps, prepend=-steps[:2][-1])  # the first, at step 0, counts as the second does
+    return float(np.dot(returns, intervals / EVAL_INTERVAL) / total)
 
 
-def steps_to_reach(steps: np.ndarray, returns: np.ndarray, level: float) -> int:
+def steps_to_reach(steps: np.ndarray, returns: np.ndarray, level: float, never: int | None = STEPS) -> int | None:
     """Return the step at which ten evaluations in a row first average ``level``, that of the last of them.
 
-    A run that never does counts with its whole length. Both arrays have shape (evaluations,).
+    A run that never does counts with ``never``, its whole length. Both arrays have shape (evaluations,).
     """
-    smoothed = np.convolve(returns, np.full(LAST, 1 / LAST), mode="valid")
-    reached = np.flatnonzero(smoothed >= level)
-    return int(steps[reached[0] + LAST - 1]) if len(reached) else STEPS
+    if len(returns) < LAST:
+        return never
+    means = np.lib.stride_tricks.sliding_window_view(returns, LAST).mean(axis=1)
+    reached = np.flatnonzero(means >= level)
+    return int(steps[reached[0] + LAST - 1]) if len(reached) else never
 
 
 def normalise(score: np.ndarray | float, random: float, paper: float) -> np.ndarray | float:
@@ -131,18 +343,33 @@ def exact_rank_test(x: Sequence[np.ndarray], y: Sequence[np.ndarray]) -> tuple[f
 
 
 # --- One task ---------------------------------------------------------------------------------------------------------
-def welch(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float, float]:
+def student(
+    value: float, variances: Sequence[float], sizes: Sequence[int], level: float = LEVEL
+) -> tuple[float, float, float]:
+    """Return the ends of Student's interval of a value, and its two-sided p against 0.
+
+    The value's variance is the sum of independent ``variances``, each estimated from as many values as ``sizes`` says;
+    degrees of freedom after Welch and Satterthwaite.
+    """
+    if not any(variances):
+        return value, value, float(value == 0)
+    freedom = sum(variances) ** 2 / sum(v**2 / (n - 1) for v, n in zip(variances, sizes, strict=True))
+    error = math.sqrt(sum(variances))
+    margin = stats.t.ppf((1 + level) / 2, freedom) * error
+    return float(value - margin), float(value + margin), float(2 * stats.t.sf(abs(value) / error, freedom))
+
+
+def welch(x: np.ndarray, y: np.ndarray, level: float = LEVEL) -> tuple[float, float, float, float]:
     """Return the difference of the means of (m,) and (n,) values, its Welch interval's ends, and the two-sided p."""
-    test = stats.ttest_ind(x, y, equal_var=False)
-    interval = test.confidence_interval(LEVEL)
-    return float(np.mean(x) - np.mean(y)), float(interval.low), float(interval.high), float(test.pvalue)
+    difference = float(np.mean(x) - np.mean(y))
+    variances = [np.var(z, ddof=1) / len(z) for z in (x, y)]
+    return difference, *student(difference, variances, (len(x), len(y)), level)
 
 
 def mean_against(x: np.ndarray, level: float) -> tuple[float, float, float, float]:
     """Return the mean of (n,) values, its Student interval's ends, and the two-sided p against the fixed ``level``."""
-    test = stats.ttest_1samp(x, level)
-    interval = test.confidence_interval(LEVEL)
-    return float(np.mean(x)), float(interval.low), float(interval.high), float(test.pvalue)
+    low, high, p = student(float(np.mean(x) - level), [np.var(x, ddof=1) / len(x)], [len(x)])
+    return float(np.mean(x)), low + level, high + level, p
 
 
 def holm(p: Sequence[float]) -> np.ndarray:
@@ -151,3 +378,201 @@ def holm(p: Sequence[float]) -> np.ndarray:
     order = np.argsort(p)
     adjusted = np.maximum.accumulate(np.minimum(1, p[order] * np.arange(len(p), 0, -1)))
     return adjusted[np.argsort(order)]
+
+
+# --- Tables -----------------------------------------------------------------------------------------------------------
+class Table(NamedTuple):
+    """A table under a caption. One that is ``optional`` is shown and written only where it has rows."""
+
+    name: str
+    caption: str
+    rows: list[dict[str, str]]
+    optional: bool = False
+
+    def __str__(self) -> str:
+        lines = [self.caption, ""]
+        if self.rows:
+            lines += ["| " + " | ".join(self.rows[0]) + " |", "|" + " --- |" * len(self.rows[0])]
+            lines += ["| " + " | ".join(row.values()) + " |" for row in self.rows]
+        else:
+            lines.append("*No finished run for this table yet.*")
+        return "\n".join(lines) + "\n"
+
+    def __repr__(self) -> str:
+        return f"<{self.name}>"
+
+    def _repr_markdown_(self) -> str:
+        return str(self)
+
+    def write(self, folder: Path) -> bool:
+        """Write the table into ``folder``/tables as Markdown, and tell whether there is anything to show."""
+        path = folder / "tables" / f"{self.name}.md"
+        if self.optional and not self.rows:
+            path.unlink(missing_ok=True)
+            return False
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(str(self))
+        return True
+
+
+def mean_and_std(values: np.ndarray, digits: int) -> str:
+    """Format mean ± sample standard deviation; a single value has no deviation, and no value is a dash."""
+    if len(values) == 0:
+        return "-"
+    mean = f"{np.mean(values):,.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {np.std(values, ddof=1):,.{digits}f}"
+
+
+def brackets(bounds: tuple[float, float], digits: int = 2) -> str:
+    """Format an interval."""
+    low, high = bounds
+    return f"[{low:,.{digits}f}, {high:,.{digits}f}]"
+
+
+def with_interval(value: float, bounds: tuple[float, float], digits: int = 2) -> str:
+    """Format a figure and its interval."""
+    return f"{value:,.{digits}f} {brackets(bounds, digits)}"
+
+
+def describe_difference(ours: np.ndarray, theirs: np.ndarray, digits: int) -> str:
+    """Format the difference of two means and its Welch interval, where there are seeds enough for one."""
+    if min(len(ours), len(theirs)) < LEAST_SEEDS:
+        return "-"
+    difference, low, high, _ = welch(ours, theirs)
+    return with_interval(difference, (low, high), digits)
+
+
+def name_of(method: str) -> str:
+    """Return a method's name in tables and figures."""
+    return (METHODS | SAC_METHODS).get(method, method)
+
+
+def describe_options(options: dict[str, str]) -> str:
+    """Return what differs from the paper's settings in a table's words."""
+    return ", ".join(f"{name} {value}" for name, value in options.items())
+
+
+# --- Figures ----------------------------------------------------------------------------------------------------------
+matplotlib.rcParams.update(
+    {
+        "figure.dpi": 60,
+        "savefig.dpi": 150,
+        "font.size": 12,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.alpha": 0.3,
+        "lines.linewidth": 1.8,
+        "legend.frameon": False,
+        "pdf.fonttype": 42,
+    }
+)
+COLOURS = {"TD3": "#555555", "Static-TD3": "#E69F00", "DS-TD3": "#0072B2"}
+SKY, GREEN, PINK = MORE_COLOURS = ("#56B4E9", "#009E73", "#CC79A7")
+
+
+class Plot(NamedTuple):
+    """A figure and the name of its files."""
+
+    name: str
+    figure: Figure
+
+    def __repr__(self) -> str:
+        return f"<{self.name}>"
+
+    def _repr_png_(self) -> bytes:
+        image = io.BytesIO()
+        self.figure.savefig(image, format="png", dpi="figure", bbox_inches="tight")
+        return image.getvalue()
+
+    def write(self, folder: Path) -> bool:
+        """Write the figure into ``folder``/figures as PNG and PDF."""
+        (folder / "figures").mkdir(parents=True, exist_ok=True)
+        path = folder / "figures" / self.name
+        self.figure.savefig(f"{path}.png", bbox_inches="tight")
+        # Without its date a figure is the same file whenever it is made from the same results.
+        self.figure.savefig(f"{path}.pdf", bbox_inches="tight", metadata={"CreationDate": None})
+        return True
+
+
+def mark_empty(axes: Axes, text: str = "no finished run yet") -> None:
+    """Say in the middle of an empty panel why it is empty."""
+    if not axes.has_data():
+        axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", color="0.5")
+        axes.tick_params(length=0, labelleft=False, labelbottom=False)  # not set(): panels can share their ticks
+        axes.grid(False)
+
+
+def thousands(value: float, _position: int = 0) -> str:
+    """Format a tick of steps or returns: 250k, 1M."""
+    for unit, name in ((1e6, "M"), (1e3, "k")):
+        if abs(value) >= unit:
+            return f"{value / unit:g}{name}"
+    return f"{value:g}"
+
+
+def smoothed(returns: pd.DataFrame | pd.Series) -> pd.DataFrame | pd.Series:
+    """Return for each evaluation the mean of ten in a row up to it, as Table 2's returns are."""
+    return returns.rolling(LAST, min_periods=1).mean()
+
+
+def plot_curves(axes: Axes, selected: list[Run], label: str, colour: str, x: pd.Series | None = None) -> None:
+    """Draw the mean over seeds of the return against steps (or ``x``), and one standard deviation around it.
+
+    The line is smoothed; each evaluation is drawn pale behind it.
+    """
+    if not selected:
+        return
+    curves = learning_curves(selected)
+    x = curves.index if x is None else x
+    seeds = f"{len(selected)} seed" + "s" * (len(selected) > 1)
+    axes.plot(x, curves.mean(axis=1), color=colour, alpha=0.2, linewidth=0.8)
+    smooth = smoothed(curves)
+    mean = smooth.mean(axis=1)
+    axes.plot(x, mean, color=colour, label=f"{label}, {seeds}")
+    if len(selected) > 1:
+        std = smooth.std(axis=1)
+        axes.fill_between(x, mean - std, mean + std, color=colour, alpha=0.15, linewidth=0)
+
+
+def label_axes(axes: Axes, title: str, xlabel: str = "environment steps", ylabel: str = "return") -> None:
+    """Label a panel of learning curves."""
+    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    if axes.has_data():
+        axes.yaxis.set_major_formatter(thousands)
+        if xlabel == "environment steps":
+            axes.xaxis.set_major_formatter(thousands)
+    mark_empty(axes)
+
+
+def add_legend_where_drawn(axes: Axes, **options) -> None:
+    """Explain the lines of a panel that has any."""
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(**options)
+
+
+def panels_of(shown: Sequence[str]) -> tuple[Figure, dict[str, Axes]]:
+    """Return a figure with one panel for each of some environments, and one for the legend."""
+    rows, columns = (1, len(shown) + 1) if len(shown) < 3 else (2, math.ceil((len(shown) + 1) / 2))
+    figure = Figure(figsize=(4.4 * columns, 3.5 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns)
+    for axes in grid.flat[len(shown) :]:
+        axes.axis("off")
+    return figure, dict(zip(shown, grid.flat, strict=False))
+
+
+def add_legend(figure: Figure, panels: dict[str, Axes], note: str = "") -> None:
+    """Explain the lines of all panels once, beside them."""
+    # Numbers of seeds differ between panels, so they stand in a panel's title and not in the common legend.
+    handles = {}
+    for axes in panels.values():
+        drawn, labels = axes.get_legend_handles_labels()
+        seeds = [label.rsplit(", ", 1)[1] for label in labels if label.endswith((" seed", " seeds"))]
+        if seeds:
+            counts = seeds[0] if len(set(seeds)) == 1 else ", ".join(s.split()[0] for s in seeds) + " seeds"
+            axes.set_title(f"{axes.get_title()} ({counts})")
+        handles |= {label.rsplit(", ", 1)[0]: handle for label, handle in zip(labels, drawn, strict=True)}
+    legend = figure.axes[len(panels)]
+    if handles:
+        legend.legend(handles.values(), handles.keys(), loc="center", fontsize=14)
+    legend.text(0.5, 0.02, note.strip(), transform=legend.transAxes, ha="center", fontsize=10, color="0.4")

@@ -17,19 +17,16 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 import analysis  # noqa: E402
-from analysis import PAPER_TD3_LCA, PAPER_TD3_RETURN, TASKS  # noqa: E402
+from analysis import TASKS  # noqa: E402
 
-# The paper's means of DS-TD3 and Static-TD3 (Tables 2 and 1), in the order of TASKS.
+# The paper's means (Tables 2 and 1), in the order of TASKS.
 PAPER = {
-    ("ds-td3", "return"): (11459.88, 4870.57, 3587.17, 5011.56, 5238.16),
-    ("static-td3", "return"): (10583.84, 3951.01, 3570.88, 4148.61, 4989.47),
-    ("ds-td3", "lca"): (1.9560, 0.6956, 0.5435, 0.6623, 0.6089),
-    ("static-td3", "lca"): (1.7666, 0.5167, 0.4984, 0.5807, 0.5182),
-    ("td3", "return"): tuple(PAPER_TD3_RETURN.values()),
-    ("td3", "lca"): tuple(PAPER_TD3_LCA.values()),
+    (method, metric): tuple(means[task][index] for task in TASKS)
+    for metric, means in (("return", analysis.PAPER_MEANS), ("lca", analysis.PAPER_LCA))
+    for index, method in enumerate(analysis.METHODS)
 }
 RANDOM_POLICY = ROOT / "results" / "random_policy.csv"
-METRICS = {"return": analysis.final_return, "lca": analysis.learning_curve_area}
+METRICS = {"return": lambda _, returns: analysis.final_return(returns), "lca": analysis.learning_curve_area}
 # All other cells had three seeds.
 FIVE_SEEDS = {("HalfCheetah-v4", "ds-td3"), ("HalfCheetah-v4", "ds-td3_sparsity=0.8")}
 # Five seeds of five tasks, and the two fresh ones of all but HalfCheetah, whose DS-TD3 was run before the rules.
@@ -39,7 +36,7 @@ DESIGNS = {"five seeds": (slice(None), 5), "fresh": (slice(1, None), 2)}
 def seeds(task: str, cell: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Read the seeds of a cell that were there before the rules, so that later runs do not change the tables."""
     for seed in range(5 if (task, cell) in FIVE_SEEDS else 3):
-        yield analysis.read_evaluations(ROOT / "results" / task / cell / f"seed{seed}")
+        yield analysis.steps_and_returns(analysis.read_run(ROOT / "results" / task / cell / f"seed{seed}"))
 
 
 def verdicts(x: np.ndarray, y: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
@@ -88,7 +85,7 @@ def print_tasks(args: argparse.Namespace) -> None:
         for other in ("td3", "static-td3"):
             names = {"td3": "TD3", "static-td3": "Static-TD3", "lca": "LCA"}
             spreads = tuple(
-                [np.std([measure(returns) for _, returns in seeds(task, cell)], ddof=1) for task in TASKS]
+                [np.std([measure(*run) for run in seeds(task, cell)], ddof=1) for task in TASKS]
                 for cell in ("ds-td3", other)
             )
             scale, base = np.array(PAPER["td3", metric]), np.zeros(len(TASKS))
@@ -104,7 +101,7 @@ def print_tasks(args: argparse.Namespace) -> None:
     reached = {}
     for cell in ("ds-td3", "td3"):
         for task in TASKS:
-            level = random[task] + 0.9 * (PAPER_TD3_RETURN[task] - random[task])
+            level = random[task] + 0.9 * (analysis.PAPER_MEANS[task][0] - random[task])
             reached[cell, task] = [analysis.steps_to_reach(*run, level) for run in seeds(task, cell)]
     spreads = tuple([np.std(reached[cell, task], ddof=1) for task in TASKS] for cell in ("ds-td3", "td3"))
     dense = np.array([np.mean(reached["td3", task]) for task in TASKS])
@@ -118,7 +115,7 @@ def print_halfcheetah(args: argparse.Namespace) -> None:
     task, rng = TASKS[0], np.random.default_rng(args.seed)
     cells = [f"ds-td3_adapt-interval={e}" for e in (200, 500, 2000)] + [f"ds-td3_sparsity={s}" for s in (0.25, 0.5)]
     cells += ["ds-td3", "ds-td3_initial-policy=policy-700000", "td3"]
-    lca = [[analysis.learning_curve_area(returns) for _, returns in seeds(task, cell)] for cell in cells]
+    lca = [[analysis.learning_curve_area(*run) for run in seeds(task, cell)] for cell in cells]
     spread = np.sqrt(np.mean([np.var(values, ddof=1) for values in lca]))
     effects = (0, 0.05, 0.1, 0.2)
     print("\n| claim | " + " | ".join(f"{effect:.0%} of the paper's TD3" for effect in effects) + " |")
@@ -131,7 +128,7 @@ def print_halfcheetah(args: argparse.Namespace) -> None:
     for label, (m, n, rivals) in sizes.items():
         shares = []
         for effect in effects:
-            x = rng.normal(effect * PAPER_TD3_LCA[task], spread, (m, args.simulations))
+            x = rng.normal(effect * analysis.PAPER_LCA[task][0], spread, (m, args.simulations))
             low = np.full(args.simulations, np.inf)
             for _ in range(rivals):
                 y = rng.normal(0, spread, (n, args.simulations))
@@ -141,7 +138,7 @@ def print_halfcheetah(args: argparse.Namespace) -> None:
         print(f"| {label} | {' | '.join(shares)} |")
     final = [analysis.final_return(returns) for _, returns in seeds(task, "ds-td3_sparsity=0.8")]
     random = analysis.read_random_policy(RANDOM_POLICY)[task]
-    scores = analysis.normalise(np.array(final), random, PAPER_TD3_RETURN[task])
+    scores = analysis.normalise(np.array(final), random, analysis.PAPER_MEANS[task][0])
     spread = np.std(scores, ddof=1)
     x = [rng.normal(-effect, spread, (5, args.simulations)) for effect in effects]
     shares = [analysis.stats.ttest_1samp(below, 0).confidence_interval(analysis.LEVEL).high < 0 for below in x]

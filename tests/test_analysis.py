@@ -1,4 +1,4 @@
-"""analysis.ipynb on empty, partial and whole results, its tables recomputed here from the files alone."""
+"""The figures and tables of analysis.ipynb on empty, partial and whole results, recomputed here from the files."""
 
 import csv
 import itertools
@@ -7,6 +7,7 @@ import math
 import os
 import random
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -18,9 +19,16 @@ import pytest
 from conftest import ADAPTING_RECIPE, FIGURES, FOUR, RECIPE, read_table
 from scipy import stats
 
+import analysis
 import dst_td3
+import report
 
-NOTEBOOK = Path(dst_td3.__file__).parent / "analysis.ipynb"
+NOTEBOOK = Path(analysis.__file__).with_name("analysis.ipynb")
+# What its cells make, in order: each a function from results to tables and plots.
+MAKERS = [
+    getattr({"analysis": analysis, "report": report}[module], name)
+    for module, name in re.findall(r"(analysis|report)\.(\w+)\(results\)", NOTEBOOK.read_text())
+]
 ENVIRONMENTS = ("HalfCheetah-v4", "Walker2d-v4", "Hopper-v4", "Ant-v4", "Humanoid-v4")
 METHODS = {"td3": "TD3", "static-td3": "Static-TD3", "ds-td3": "DS-TD3"}
 SAC_METHODS = {"sac": "SAC", "ds-sac": "DS-SAC"}
@@ -39,9 +47,37 @@ HIGH_SPARSITY = {
 CURVE = [3000 * (1 - math.exp(-index / 60)) for index in range(201)]  # of a million steps
 
 
+def read_tables(results: Path) -> dict[str, list[dict[str, str]]]:
+    """Return the tables that were written, row by row, by name."""
+    return {path.stem: read_table(path.read_text()) for path in (results / "tables").glob("*.md")}
+
+
+def assert_figures_written(results: Path) -> None:
+    for name in FIGURES:
+        for suffix in ("png", "pdf"):
+            assert (results / "figures" / f"{name}.{suffix}").stat().st_size > 1000
+
+
+def make_all(folder: Path, write: bool = True) -> dict[str, list[dict[str, str]]]:
+    """Make what the notebook does of a results folder, here; return its tables. Figures are drawn, if not written."""
+    results, figures = analysis.read_results(folder), []
+    for maker in MAKERS:
+        made = maker(results)
+        for each in (made,) if isinstance(made, analysis.Table | analysis.Plot) else made:
+            if isinstance(each, analysis.Plot):
+                figures.append(each.name)
+            if write or isinstance(each, analysis.Table):
+                each.write(folder)
+            else:
+                assert len(each._repr_png_()) > 1000
+    assert sorted(figures) == sorted(FIGURES)
+    if write:
+        assert_figures_written(folder)
+    return read_tables(folder)
+
+
 def execute(results: Path) -> dict[str, list[dict[str, str]]]:
-    """Execute the notebook on a results folder; return its tables, row by row, by name."""
-    results.mkdir(exist_ok=True)
+    """Execute the notebook itself on a results folder; return its tables, row by row, by name."""
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
     done = subprocess.run(
         ["jupyter", "execute", str(NOTEBOOK), f"--output={results / 'analysis'}"],
@@ -54,10 +90,11 @@ def execute(results: Path) -> dict[str, list[dict[str, str]]]:
         o for cell in json.loads((results / "analysis.ipynb").read_text())["cells"] for o in cell.get("outputs", [])
     ]
     assert all(output["output_type"] == "display_data" for output in outputs), "warnings or stray output"
-    for name in FIGURES:
-        for suffix in ("png", "pdf"):
-            assert (results / "figures" / f"{name}.{suffix}").stat().st_size > 1000
-    return {path.stem: read_table(path.read_text()) for path in (results / "tables").glob("*.md")}
+    assert sum("image/png" in output["data"] for output in outputs) == len(FIGURES)
+    assert_figures_written(results)
+    tables = read_tables(results)
+    assert sum("text/markdown" in output["data"] for output in outputs) == len(tables) + 1, "and what there is"
+    return tables
 
 
 def written_files(results: Path) -> dict[str, bytes]:
@@ -73,6 +110,7 @@ def write_run(
     total: int = 1_000_000,
     interval: int = 5000,
     finished: bool = True,
+    commit: str = "0" * 40,
 ) -> Path:
     """Write a run by hand: ``returns`` are its evaluations, the first at step 0."""
     folder = results / env / variant / f"seed{seed}"
@@ -81,7 +119,7 @@ def write_run(
     arguments = {"env": env, "method": method, "seed": seed, "total_timesteps": total, "learning_starts": 25_000}
     arguments |= {"eval_interval": interval, "eval_episodes": 10, "engine": "masked"}
     versions = {"python": "3.11.2", "torch": "2.13.0", "gymnasium": "1.4.0", "mujoco": "3.3.7"}
-    config = {"arguments": arguments, "versions": versions, "commit": "0" * 40, "machine": {"processor": "a processor"}}
+    config = {"arguments": arguments, "versions": versions, "commit": commit, "machine": {"processor": "a processor"}}
     (folder / "config.json").write_text(json.dumps(config))
     tables = {
         "evaluations": [{"step": s, "return_mean": r, "return_std": 1.0} for s, r in zip(steps, returns, strict=True)],
@@ -109,6 +147,7 @@ def write_run(
         dense = 214_784
         connections = dense if method == "td3" else 105_250
         summary = {"connections": connections, "sparsity": 1 - connections / dense, "steps": total}
+        summary |= {"evaluations": len(returns)}
         summary |= {
             "training_flops": connections * 5e8 * total / 1e6,
             "training_flops_of_dense": dense * 5e8 * total / 1e6,
@@ -146,17 +185,17 @@ def learning(rng: random.Random, final: float, speed: float, evaluations: int = 
 
 @pytest.fixture(scope="module")
 def unlike_the_papers(tmp_path_factory) -> dict[str, list[dict[str, str]]]:
-    """Execute the notebook on a run that was evaluated half as often as another and on runs that were resumed."""
+    """Make all of a run that was evaluated half as often as another and of runs that were resumed."""
     results = tmp_path_factory.mktemp("unlike")
     write_run(results, "Hopper-v4", "static-td3", 0, CURVE)
     write_run(results, "Hopper-v4", "td3_eval-interval=10000", 0, CURVE[::2], interval=10_000)
     first, second, third = ({"commit": digit * 40} for digit in "012")
     write_resumed_run(results, 0, [first, second, second | {"machine": {"processor": "another processor"}}])
     write_resumed_run(results, 1, [first, second, third])
-    return execute(results)
+    return make_all(results, write=False)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def whole(tmp_path_factory):
     """Write the paper's whole grid by hand and execute the notebook on it; return the tables and the returns."""
     results, rng, written = tmp_path_factory.mktemp("whole"), random.Random(0), {}
@@ -188,6 +227,12 @@ def whole(tmp_path_factory):
         "torch dense,256,0.0,2400,6e6\nsparse engine,256,0.5,1700,5e6\nsparse engine,256,0.9,430,1e6\n"
     )
     return execute(results), written
+
+
+@pytest.fixture(scope="session")
+def published() -> analysis.Results:
+    """Read the published runs."""
+    return analysis.read_results(NOTEBOOK.parent / "results")
 
 
 def row_of(table: list[dict[str, str]], **cells: str) -> dict[str, str]:
@@ -454,7 +499,7 @@ def test_provenance_names_all_that_made_a_resumed_run(unlike_the_papers):
 
 
 def test_nothing_at_all(tmp_path):
-    tables = execute(tmp_path / "none")
+    tables = make_all(tmp_path / "none", write=False)
     assert {row["remark"] for row in tables["coverage"]} == {"**missing**"}
     ours = [row for row in tables["table2_return"] if row["method"] != "SAC"]
     ours += tables["appendix_lca"] + tables["appendix_return"]
@@ -477,7 +522,6 @@ def test_partial_results_are_used_and_named(tmp_path):
     (write_run(tmp_path, "Ant-v4", "td3", 2, one) / "config.json").write_text("{")
     (write_run(tmp_path, "Ant-v4", "td3", 3, one) / "evaluations.csv").write_text("")
     (write_run(tmp_path, "Ant-v4", "td3", 4, one) / "summary.json").write_text("{}")
-    (write_run(tmp_path, "Ant-v4", "td3", 5, one) / "policy.npz").write_text("")
     # What is no part of the paper stays out of its figures.
     write_run(tmp_path, "Ant-v4", "ds-td3_dense-moments=True", 0, one)
     write_run(tmp_path / "quick", "Walker2d-v4", "td3", 0, one)
@@ -489,7 +533,7 @@ def test_partial_results_are_used_and_named(tmp_path):
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "benchmarks" / "updates.csv").write_text("other,columns\n1,2\n")
 
-    tables = execute(tmp_path)
+    tables = make_all(tmp_path)
     assert all(row["verdict"].startswith("open: ") for row in tables["claims"])
     assert {row["DS-TD3 less TD3"] for row in tables["differences"]} == {"-"}
     ratio = statistics.mean(statistics.mean(returns[-10:]) for returns in short) / statistics.mean(one[-10:])
@@ -510,12 +554,89 @@ def test_partial_results_are_used_and_named(tmp_path):
     ]
     last_ten = [f"{statistics.mean(returns[-10:]):,.1f}" for returns in short]
     assert [row["return"] for row in tables["dense_moments"]] == last_ten
-    text = (tmp_path / "analysis.ipynb").read_text()
-    for seed in (2, 3, 4, 5):
+    results = analysis.read_results(tmp_path)
+    text = results.describe()
+    for seed in (2, 3, 4):
         assert f"{tmp_path}/Ant-v4/td3/seed{seed}` (" in text
-    assert "lacks the columns implementation" in text
+    axes = report.seconds_and_bytes(results).figure.axes
+    assert all("lacks the columns\nimplementation" in panel.texts[0].get_text() for panel in axes)
 
     # The same results give the same files, so that committing them shows what changed.
     before = written_files(tmp_path)
-    execute(tmp_path)
+    make_all(tmp_path)
     assert written_files(tmp_path) == before
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What cannot be read
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def cut_lines(path: Path, lines: int) -> None:
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:lines]))
+
+
+def append(path: Path, text: str) -> None:
+    path.write_text(path.read_text() + text)
+
+
+def cut_bytes(path: Path, count: int) -> None:
+    path.write_bytes(path.read_bytes()[:-count])
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (lambda run: cut_lines(run / "evaluations.csv", 101), "evaluations.csv has 100 rows, the summary counts 201"),
+        (lambda run: cut_bytes(run / "evaluations.csv", 5), "evaluations.csv lacks values"),
+        (lambda run: cut_lines(run / "evaluations.csv", 1), "evaluations.csv has 0 rows"),
+        (
+            lambda run: cut_bytes(run / "evaluations.csv", 1) or append(run / "evaluations.csv", "x"),
+            "could not convert",
+        ),
+        (lambda run: (run / "evaluations.csv").unlink(), "evaluations.csv has 0 rows"),
+        (lambda run: cut_lines(run / "topology.csv", 401), "topology.csv has not all layers"),
+        (lambda run: cut_lines(run / "topology.csv", 804), "topology.csv has not all layers"),
+        (lambda run: (run / "topology.csv").write_text("step\n1\n"), "topology.csv lacks columns"),
+        (lambda run: (run / "summary.json").write_text('{"steps": 1}'), "summary.json lacks connections, evaluations"),
+        (lambda run: (run / "config.json").write_text("{}"), "arguments"),
+    ],
+)
+def test_a_run_that_is_not_whole_is_left_out_and_named(tmp_path, damage, named):
+    kept = [write_run(tmp_path, "Hopper-v4", "ds-td3", seed, CURVE) for seed in (0, 1)]
+    damage(write_run(tmp_path, "Hopper-v4", "ds-td3", 2, CURVE))
+    results = analysis.read_results(tmp_path)
+    assert [run.folder for run in results.runs] == kept
+    (line,) = results.left_out
+    assert line.startswith(f"`{tmp_path}/Hopper-v4/ds-td3/seed2` (") and named in line
+    row = row_of(read_table(str(report.table_2(results))), environment="Hopper-v4", method="DS-TD3")
+    assert row["ours"] == f"{statistics.mean(CURVE[-10:]):,.1f} ± 0.0" and row["seeds"] == "2"
+
+
+def test_a_policy_that_cannot_be_read_is_left_out_and_named_but_its_run_counts(tmp_path):
+    folders = [write_run(tmp_path, "Hopper-v4", "ds-td3", seed, CURVE) for seed in range(5)]
+    for folder in folders[:4]:
+        write_policy(folder, ([1], [0]))
+    cut_bytes(folders[1] / "policy.npz", 100)
+    shutil.copy(folders[0] / "policy.npz", folders[4] / "policy.npz")
+    (folders[2] / "policy.npz").write_text("")
+    first, second = (np.ones((3, 4), np.float32), np.ones((1, 4), np.float32)), (np.ones((5, 2)), np.ones((1, 2)))
+    layers = [dst_td3.Layer(weight, np.ones_like(weight), bias) for weight, bias in (first, second)]
+    dst_td3.save_policy(folders[3] / "policy.npz", layers, (-np.ones(2), np.ones(2)), "Hopper-v4")
+    results = analysis.read_results(tmp_path)
+    assert [line.split("`")[1] for line in results.left_out] == [str(folder) for folder in folders[1:4]]
+    assert all("left out is its policy alone" in line for line in results.left_out)
+    assert all(f"`{folder}`" in results.describe() for folder in folders[1:4])
+    row = row_of(read_table(str(report.table_2(results))), environment="Hopper-v4", method="DS-TD3")
+    assert row["seeds"] == "5" and row["ours"] == f"{statistics.mean(CURVE[-10:]):,.1f} ± 0.0"
+    (row,) = read_table(str(report.dormant_units(results)))
+    assert row["seeds"] == "2"
+
+
+def test_values_in_a_runs_name_may_have_underscores(tmp_path):
+    variant = "ds-td3_sparsity=0.9_initial-policy=my_own_policy-5_hidden=77,77_total-timesteps=1000000"
+    write_run(tmp_path, "Hopper-v4", variant, 0, CURVE)
+    results = analysis.read_results(tmp_path)
+    (run,) = results.runs
+    assert run.options == {"sparsity": "0.9", "initial-policy": "my_own_policy-5", "hidden": "77,77"}
+    assert not results.left_out and results.select("Hopper-v4", "ds-td3", run.options) == [run]

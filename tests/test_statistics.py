@@ -75,6 +75,11 @@ def test_welchs_interval_is_the_textbooks():
     assert p == pytest.approx(stats.ttest_ind(x, y, equal_var=False).pvalue)
 
 
+def test_values_without_spread_have_no_interval():
+    assert analysis.welch(np.full(3, 7.0), np.full(3, 5.0)) == (2, 2, 2, 0)
+    assert analysis.welch(np.full(3, 5.0), np.full(3, 5.0)) == (0, 0, 0, 1)
+
+
 def test_the_interval_of_one_mean_is_students():
     x = SAMPLE[0]
     mean, low, high, p = analysis.mean_against(x, 0.3)
@@ -92,17 +97,18 @@ def test_a_level_is_reached_when_ten_evaluations_in_a_row_average_it():
     returns[50:] = 10
     assert analysis.steps_to_reach(steps, returns, 5) == steps[54]
     assert analysis.steps_to_reach(steps, returns, 10.5) == 1_000_000
+    assert analysis.steps_to_reach(steps, returns, 10.5, never=None) is None
+    assert analysis.steps_to_reach(steps[:9], returns[:9], -1, never=None) is None  # nine are not ten
 
 
-def test_a_run_is_read_with_its_final_return_and_lca(tmp_path):
-    rows = "".join(f"{5000 * i},{i}\n" for i in range(201))
-    (tmp_path / "evaluations.csv").write_text("step,return_mean\n" + rows)
-    steps, returns = analysis.read_evaluations(tmp_path)
-    assert (steps[1], steps[-1]) == (5000, 1_000_000)
+def test_the_final_return_and_the_lca_are_the_papers():
+    steps, returns = np.arange(0, 1_005_000, 5000), np.arange(201.0)
     assert analysis.final_return(returns) == pytest.approx(195.5)
-    assert analysis.learning_curve_area(returns) == pytest.approx(20100 / 1e6)
-    (tmp_path / "evaluations.csv").write_text("step,return_mean\n0,4\n5000,8\n")
-    assert analysis.read_evaluations(tmp_path, missing=-2)[1].sum() == 12 - 2 * 199
+    assert analysis.final_return(returns[:5]) == pytest.approx(2.5)  # without that of the untrained policy
+    assert analysis.learning_curve_area(steps, returns) == pytest.approx(20100 / 1e6)
+    # Evaluated half as often, each counts twice; at the end of a run also one that comes sooner.
+    assert analysis.learning_curve_area(steps[::2], np.ones(101)) == pytest.approx(202 / 1e6)
+    assert analysis.learning_curve_area(np.array([0, 5000, 7500]), np.ones(3), 7500) == pytest.approx(2.5 / 7500)
 
 
 def test_scores_are_normalised_by_fixed_numbers():
