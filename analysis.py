@@ -1,4 +1,4 @@
-"""Runs and their statistics, and what every table and figure of report.py is made with.
+"""Runs, the statistics and verdicts that results/rules.md fixes, and what report.py makes its tables and figures with.
 
 A sample is a list with one array per task, of shape (seeds,), or (resamples, seeds) within the bootstrap; seeds may
 differ between tasks. A return is the sum of an episode's rewards, an LCA a sum of returns over environment steps.
@@ -8,11 +8,13 @@ interquartile mean and the stratified bootstrap these are; Mann and Whitney 1947
 """
 
 import dataclasses
+import functools
 import io
 import itertools
 import json
 import math
 import re
+import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -450,6 +452,254 @@ def name_of(method: str) -> str:
 def describe_options(options: dict[str, str]) -> str:
     """Return what differs from the paper's settings in a table's words."""
     return ", ".join(f"{name} {value}" for name, value in options.items())
+
+
+# --- Verdicts ---------------------------------------------------------------------------------------------------------
+ROOT = Path(__file__).resolve().parent
+FRESH_SEEDS = (3, 4)  # on all tasks but HalfCheetah, whose DS-TD3 was run and seen before the rules
+REACHED, SAVED = 0.9, 0.6  # claim 5: the score to be reached, and the share of TD3's steps that DS-TD3 has for it
+KEPT = 0.9  # claim 8: the score below which an agent fails
+
+Measure = Callable[[Run, float], float]  # of a run and the random policy's return on its task
+
+
+def return_score(run: Run, random: float) -> float:
+    """Return a run's final return as a score."""
+    _, returns = steps_and_returns(run, random)
+    return normalise(final_return(returns), random, PAPER_MEANS[run.env][0])
+
+
+def lca_score(run: Run, random: float) -> float:
+    """Return a run's LCA as a score."""
+    area = learning_curve_area(*steps_and_returns(run, random))
+    return normalise(area, EVALUATIONS * random / STEPS, PAPER_LCA[run.env][0])
+
+
+def steps_to_score(run: Run, random: float, score: float = REACHED) -> float:
+    """Return the steps after which a run has a score, all where it never has."""
+    level = random + score * (PAPER_MEANS[run.env][0] - random)
+    return steps_to_reach(*steps_and_returns(run, random), level)
+
+
+class Claim(NamedTuple):
+    """A claim of results/rules.md that one method is above another, over the five tasks."""
+
+    number: int
+    words: str
+    first: str
+    second: str
+    measure: Measure
+    by_score: bool = True  # or by the steps to one, of which fewer are better
+
+
+ACROSS_TASKS = (
+    Claim(1, "DS-TD3 ends higher than TD3 (return)", "ds-td3", "td3", return_score),
+    Claim(2, "DS-TD3 learns faster than TD3 (LCA)", "ds-td3", "td3", lca_score),
+    Claim(3, "Moving connections ends higher: DS-TD3 over Static-TD3 (return)", "ds-td3", "static-td3", return_score),
+    Claim(4, "Moving connections learns faster: DS-TD3 over Static-TD3 (LCA)", "ds-td3", "static-td3", lca_score),
+    Claim(5, "DS-TD3 needs 40% fewer steps than TD3", "ds-td3", "td3", steps_to_score, by_score=False),
+)
+
+
+class Verdict(NamedTuple):
+    """What is said of a claim: its statistic with interval, one-sided and two-sided p, and what stands beside."""
+
+    words: str
+    statistic: str = "-"
+    one_sided: float | None = None
+    p: float | None = None
+    beside: str = "-"
+
+
+@functools.cache
+def git(*arguments: str) -> str | None:
+    """Return what git says of this repository, None where it fails."""
+    try:
+        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout if done.returncode == 0 else None
+
+
+def is_fresh(run: Run) -> bool:
+    """Tell whether the code that began a run held results/rules.md: whether its commit has that which added the page.
+
+    Without the git history that tells it, no run is fresh.
+    """
+    added = (git("log", "--diff-filter=A", "--format=%H", "--", "results/rules.md") or "").split()
+    commit = str(run.sessions[0]["commit"]).removesuffix("-dirty")
+    return bool(added) and git("merge-base", "--is-ancestor", added[-1], commit) is not None
+
+
+def counted(results: Results, task: str, method: str, options: dict | None = None) -> dict[int, Run]:
+    """Return the runs that count in a cell, by seed: the paper's length, finished or diverged, seeds 0 to 4."""
+    setting = (task, method, options or {}, PAPER_LENGTH)
+    runs = [r for r in results.runs if (r.env, r.method, r.options, r.length) == setting and r.seed in SEEDS]
+    return {run.seed: run for run in sorted(runs, key=lambda r: r.seed) if run.summary or run.diverged}
+
+
+def cells(results: Results, claim: Claim, fresh: bool) -> tuple[list[list[Run]], ...]:
+    """Return the runs of both methods of a claim on each task, only the fresh ones if asked."""
+    tasks, seeds = (TASKS[1:], FRESH_SEEDS) if fresh else (TASKS, SEEDS)
+
+    def cell(task: str, method: str) -> list[Run]:
+        runs = counted(results, task, method).items()
+        return [run for seed, run in runs if seed in seeds and (not fresh or is_fresh(run))]
+
+    return tuple([cell(task, method) for task in tasks] for method in (claim.first, claim.second))
+
+
+def sample(runs: list[list[Run]], measure: Measure, random: dict[str, float], **options: float) -> list[np.ndarray]:
+    """Return what a measure says of the runs of each task."""
+    return [np.array([measure(run, random[run.env], **options) for run in cell]) for cell in runs]
+
+
+def improvement(x: Sequence[np.ndarray], y: Sequence[np.ndarray]) -> tuple[str, tuple[float, float]]:
+    """Return the probability of improvement with its interval, as text, and the interval."""
+    bounds = bootstrap_interval(probability_of_improvement, x, y)
+    return with_interval(float(probability_of_improvement(x, y)), bounds), bounds
+
+
+def verdict_across_tasks(x: Sequence[np.ndarray], y: Sequence[np.ndarray]) -> Verdict:
+    """Return the verdict that x is above y over tasks: interval of the probability of improvement and exact test."""
+    statistic, (low, high) = improvement(x, y)
+    one_sided, p = exact_rank_test(x, y)
+    rounding = 1e-9
+    confirmed, refuted = low > 0.5 + rounding, high < 0.5 - rounding
+    words = "not shown" if p > 1 - LEVEL else "confirmed" if confirmed else "refuted" if refuted else "not shown"
+    return Verdict(words, statistic, one_sided, p)
+
+
+def waiting(have: list[bool], whose: str, random: dict[str, float]) -> Verdict | None:
+    """Return why a verdict is open: not all cells have their seeds, or there is no random policy. None if it is not."""
+    if not all(have):
+        return Verdict(f"open: {sum(have)} of {len(have)} cells{whose} have their seeds")
+    return Verdict("open: there is no random_policy.csv") if any(map(math.isnan, random.values())) else None
+
+
+def beside_scores(x: Sequence[np.ndarray], y: Sequence[np.ndarray]) -> str:
+    """Return the interquartile mean of both methods' scores, which stands beside a verdict."""
+    means = [with_interval(float(interquartile_mean(z)), bootstrap_interval(interquartile_mean, z)) for z in (x, y)]
+    return f"interquartile means {' and '.join(means)}"
+
+
+def beside_differences(tasks: Sequence[str], x: Sequence[np.ndarray], y: Sequence[np.ndarray]) -> str:
+    """Return the differences of means by task with Welch's intervals, which stand beside a verdict."""
+    differences = []
+    for task, a, b in zip(tasks, x, y, strict=True):
+        difference, low, high, _ = welch(a, b)
+        differences.append(f"{task} {with_interval(difference, (low, high))}")
+    return f"difference of means {', '.join(differences)}"
+
+
+def across_tasks(results: Results, claim: Claim, random: dict[str, float], fresh: bool = False) -> Verdict:
+    """Return the verdict on a claim over tasks, open until every cell that it compares has its seeds."""
+    runs = cells(results, claim, fresh)
+    have = [len(cell) == len(FRESH_SEEDS if fresh else SEEDS) for cell in itertools.chain(*runs)]
+    if verdict := waiting(have, "", random):
+        return verdict
+    tasks = [cell[0].env for cell in runs[0]]
+    x, y = (sample(method, claim.measure, random) for method in runs)
+    if claim.by_score:
+        return verdict_across_tasks(x, y)._replace(beside=f"{beside_scores(x, y)}; {beside_differences(tasks, x, y)}")
+
+    def against(score: float, share: float) -> tuple[list[np.ndarray], list[np.ndarray]]:
+        x, y = (sample(method, claim.measure, random, score=score) for method in runs)
+        return [-steps for steps in x], [-share * steps for steps in y]
+
+    others = ((REACHED, 0.5), (REACHED, 1.0), (0.8, SAVED), (1.0, SAVED))
+    beside = [f"level {score}, factor {share} {improvement(*against(score, share))[0]}" for score, share in others]
+    millions = [[steps / STEPS for steps in method] for method in (x, y)]
+    beside.insert(0, beside_differences(tasks, *millions).replace("means", "mean steps in millions"))
+    return verdict_across_tasks(*against(REACHED, SAVED))._replace(beside="; ".join(beside))
+
+
+def verdict_over_rivals(x: np.ndarray, rivals: Sequence[np.ndarray]) -> Verdict:
+    """Return the verdict that x is above each rival: all intervals above 0 confirm, one below 0 refutes.
+
+    Against three rivals the intervals that refute have 1 - 0.05/3, and so has the p of a negative difference.
+    """
+    tests = [welch(x, y) for y in rivals]
+    wider = [welch(x, y, 1 - (1 - LEVEL) / len(rivals)) for y in rivals]
+    confirmed, refuted = all(low > 0 for _, low, _, _ in tests), any(high < 0 for _, _, high, _ in wider)
+    behind = [p for difference, _, _, p in tests if difference <= 0]
+    p = min(1.0, len(rivals) * min(behind)) if behind else max(p for *_, p in tests)
+    statistic = ", ".join(with_interval(difference, (low, high)) for difference, low, high, _ in tests)
+    return Verdict("confirmed" if confirmed else "refuted" if refuted else "not shown", statistic, p=p)
+
+
+def verdict_below(x: np.ndarray, level: float) -> Verdict:
+    """Return the verdict that the mean of x is below a level."""
+    mean, low, high, p = mean_against(x, level)
+    words = "confirmed" if high < level else "refuted" if low > level else "not shown"
+    return Verdict(words, with_interval(mean, (low, high)), p=p)
+
+
+def verdicts_on_halfcheetah(results: Results, random: dict[str, float]) -> dict[str, Verdict]:
+    """Return the verdicts on claims 6 to 9, open until all of Figure 1's cells have their seeds."""
+
+    def cell(measure: Measure, method: str = "ds-td3", **options: str) -> np.ndarray:
+        options = {name.replace("_", "-"): value for name, value in options.items()}
+        (values,) = sample([list(counted(results, TASKS[0], method, options).values())], measure, random)
+        return values
+
+    papers, dense = cell(lca_score), cell(lca_score, "td3")
+    intervals = [cell(lca_score, adapt_interval=e) for e in ("200", "500", "2000")]
+    quarter, half, most = (cell(lca_score, sparsity=s) for s in ("0.25", "0.5", "0.8"))
+    after_500k, after_700k = (cell(lca_score, initial_policy=f"policy-{step}") for step in (500_000, 700_000))
+    claims = {  # the sample, its rivals
+        "6. e = 1000 is best: LCA less that of 200, 500 and 2000": (papers, *intervals),
+        "7. 50% learns fastest: LCA less that of 25%, 80% and TD3": (half, quarter, most, dense),
+        "8. 80% fails: mean return below 0.9": (cell(return_score, sparsity="0.8"),),
+        "9. Learned first samples help: LCA after 700,000 steps less that with random ones": (after_700k, papers),
+    }
+    have = [len(counted(results, task, method)) == len(SEEDS) for task in TASKS for method in METHODS]
+    if verdict := waiting(have, " of Figure 1", random):
+        return dict.fromkeys(claims, verdict)
+    found = {}
+    for claim, (first, *rivals) in claims.items():
+        if min(map(len, (first, *rivals))) < 2:
+            found[claim] = Verdict("open: a cell has no two seeds")
+        else:
+            found[claim] = verdict_over_rivals(first, rivals) if rivals else verdict_below(first, KEPT)
+    if min(map(len, (after_500k, papers))) > 1:
+        difference, low, high, _ = welch(after_500k, papers)
+        beside = f"after 500,000 steps {with_interval(difference, (low, high))}"
+        found[claim] = found[claim]._replace(beside=beside)
+    return found
+
+
+def verdicts(results: Results) -> Table:
+    """Return the verdicts on claims 1 to 9 by results/rules.md, on all five seeds and on the fresh ones alone."""
+    paths = [folder / "random_policy.csv" for folder in (results.folder, ROOT / "results")]
+    found = next((path for path in paths if path.exists()), None)
+    random, rows = read_random_policy(found) if found else dict.fromkeys(TASKS, math.nan), []
+    for seeds in ("0 to 4", "fresh"):
+        family = {
+            f"{claim.number}. {claim.words}": across_tasks(results, claim, random, seeds == "fresh")
+            for claim in ACROSS_TASKS
+        }
+        family |= verdicts_on_halfcheetah(results, random) if seeds == "0 to 4" else {}
+        p = [verdict.p for verdict in family.values()]
+        adjusted = [None] * len(p) if None in p else holm(p)
+        for (claim, verdict), corrected in zip(family.items(), adjusted, strict=True):
+            chances = (verdict.one_sided, verdict.p, corrected)
+            rows.append(
+                {
+                    "claim": claim,
+                    "seeds": seeds,
+                    "verdict": verdict.words if verdict.words.startswith("open") else f"**{verdict.words}**",
+                    "statistic": verdict.statistic,
+                    "p one-sided, two-sided, Holm's": ", ".join("-" if x is None else f"{x:.2g}" for x in chances),
+                    "beside": verdict.beside,
+                }
+            )
+    caption = (
+        "**Verdicts by [the rules](../rules.md)** [95 % interval]. Claims 1 to 5: probability of improvement over the "
+        "five tasks, fresh seeds on all but HalfCheetah. Claims 6 to 9: scores on HalfCheetah, where the random policy "
+        f"has 0 and the paper's TD3 1. A verdict is open until every cell that it compares has its seeds. {V4_NOTE}"
+    )
+    return Table("verdicts", caption, rows)
 
 
 # --- Figures ----------------------------------------------------------------------------------------------------------

@@ -640,3 +640,202 @@ def test_values_in_a_runs_name_may_have_underscores(tmp_path):
     (run,) = results.runs
     assert run.options == {"sparsity": "0.9", "initial-policy": "my_own_policy-5", "hidden": "77,77"}
     assert not results.left_out and results.select("Hopper-v4", "ds-td3", run.options) == [run]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Verdicts by results/rules.md
+# ----------------------------------------------------------------------------------------------------------------------
+
+RANDOM = analysis.read_random_policy(NOTEBOOK.parent / "results" / "random_policy.csv")
+PAPERS_TD3 = {env: analysis.PAPER_RETURN[env][0][0] for env in ENVIRONMENTS}
+
+
+def write_grid(results: Path, seeds: Iterable[int], commit: str, better: float = 1.5) -> None:
+    """Write Figure 1's cells: returns rise to a seed's own share of the paper's TD3, DS-TD3 to ``better`` times it."""
+    for env, (method, factor), seed in itertools.product(
+        ENVIRONMENTS, (("td3", 1), ("static-td3", 1.01), ("ds-td3", better)), seeds
+    ):
+        final = PAPERS_TD3[env] * factor * (1 + 0.004 * seed)
+        returns = [RANDOM[env] + (final - RANDOM[env]) * min(1, index / (100 / factor)) for index in range(201)]
+        write_run(results, env, method, seed, returns, commit=commit)
+
+
+def verdicts_of(results: Path) -> dict[tuple[str, str], dict[str, str]]:
+    """Return the rows of the verdicts by the claim's number and the seeds."""
+    rows = read_table(str(analysis.verdicts(analysis.read_results(results))))
+    return {(row["claim"].split(".")[0], row["seeds"]): row for row in rows}
+
+
+def test_verdicts_are_open_until_every_cell_has_its_seeds(tmp_path):
+    write_grid(tmp_path, range(3), "0" * 40)
+    write_run(tmp_path, "HalfCheetah-v4", "ds-td3", 3, CURVE)
+    write_run(tmp_path, "HalfCheetah-v4", "ds-td3", 4, CURVE)
+    write_run(tmp_path, "Hopper-v4", "ds-td3", 3, CURVE[:50], finished=False)
+    write_run(tmp_path, "Hopper-v4", "ds-td3", 4, CURVE)
+    write_run(tmp_path, "Hopper-v4", "ds-td3", 5, CURVE)
+    rows = verdicts_of(tmp_path)
+    assert len(rows) == 9 + 5
+    cells = {"12": "1 of 10", "34": "1 of 10", "5": "1 of 10", "6789": "1 of 15"}
+    for numbers, share in cells.items():
+        for number in numbers:
+            assert rows[number, "0 to 4"]["verdict"].startswith(f"open: {share} cells ")
+    for number in "12345":
+        assert rows[number, "fresh"]["verdict"] == "open: 0 of 8 cells have their seeds"
+    assert {row["statistic"] for row in rows.values()} == {row["beside"] for row in rows.values()} == {"-"}
+    assert {row["p one-sided, two-sided, Holm's"] for row in rows.values()} == {"-, -, -"}
+
+    # A run that diverged counts, with the random policy's returns for what it lacks.
+    (tmp_path / "Hopper-v4" / "ds-td3" / "seed3" / "diverged").touch()
+    assert verdicts_of(tmp_path)["1", "0 to 4"]["verdict"].startswith("open: 2 of 10 cells ")
+    run = analysis.counted(analysis.read_results(tmp_path), "Hopper-v4", "ds-td3")[3]
+    assert analysis.return_score(run, RANDOM["Hopper-v4"]) == pytest.approx(0)
+    area = (sum(CURVE[:50]) + 151 * RANDOM["Hopper-v4"]) / 1e6
+    base = 201 * RANDOM["Hopper-v4"] / 1e6
+    assert analysis.lca_score(run, RANDOM["Hopper-v4"]) == pytest.approx((area - base) / (0.4788 - base))
+    assert analysis.steps_to_score(run, RANDOM["Hopper-v4"]) == 1_000_000
+
+
+def test_verdicts_are_open_without_the_random_policy(tmp_path, monkeypatch):
+    write_grid(tmp_path, range(5), "0" * 40)
+    assert verdicts_of(tmp_path)["1", "0 to 4"]["verdict"] == "**confirmed**"
+    assert verdicts_of(tmp_path)["6", "0 to 4"]["verdict"] == "open: a cell has no two seeds"
+    monkeypatch.setattr(analysis, "ROOT", tmp_path)
+    rows = verdicts_of(tmp_path)
+    assert {rows[n, "0 to 4"]["verdict"] for n in "123456789"} == {"open: there is no random_policy.csv"}
+    shutil.copy(NOTEBOOK.parent / "results" / "random_policy.csv", tmp_path)
+    assert verdicts_of(tmp_path)["1", "0 to 4"]["verdict"] == "**confirmed**"
+
+
+@pytest.mark.parametrize(("row", "claim"), [("return", analysis.ACROSS_TASKS[0]), ("LCA", analysis.ACROSS_TASKS[1])])
+@pytest.mark.parametrize(
+    ("column", "five"), [("seeds 0 to 2", ()), ("with DS-TD3's five on HalfCheetah", [("HalfCheetah-v4", "ds-td3")])]
+)
+def test_what_had_been_seen_before_the_rules_is_what_their_page_says(published, row, claim, column, five):
+    page = (NOTEBOOK.parent / "results" / "rules.md").read_text()
+    seen = read_table(page[page.index("| | seeds 0 to 2") : page.index("All of [claims.md]")])
+    x, y = (
+        [
+            np.array([claim.measure(runs[seed], RANDOM[env]) for seed in range(5 if (env, method) in five else 3)])
+            for env in ENVIRONMENTS
+            for runs in [analysis.counted(published, env, method)]
+        ]
+        for method in ("ds-td3", "td3")
+    )
+    verdict = analysis.verdict_across_tasks(x, y)
+    (cells,) = [cells for cells in seen if cells[""] == row]
+    assert f"{verdict.statistic} ({verdict.one_sided:.3f}, {verdict.p:.3f})" == cells[column]
+
+
+def test_verdicts_on_whole_results(whole):
+    """Twenty-five pairs a task, all won or lost where the made-up methods are far apart."""
+    tables, written = whole
+    rows = {(row["claim"].split(".")[0], row["seeds"]): row for row in tables["verdicts"]}
+    separate = 2 / math.comb(10, 5) ** 5
+    for number in "1", "3":
+        row = rows[number, "0 to 4"]
+        assert (row["verdict"], row["statistic"]) == ("**confirmed**", "1.00 [1.00, 1.00]")
+        one_sided, two_sided, corrected = map(float, row["p one-sided, two-sided, Holm's"].split(", "))
+        assert (one_sided, two_sided) == pytest.approx((separate / 2, separate), rel=0.05)
+        assert corrected > two_sided
+    # Claim 5, from the files: at a score of 0.9, DS-TD3's steps against 0.6 of TD3's.
+    shares = []
+    for env in ENVIRONMENTS:
+        level, steps = RANDOM[env] + 0.9 * (PAPERS_TD3[env] - RANDOM[env]), {}
+        for method, seed in itertools.product(("ds-td3", "td3"), range(5)):
+            returns = written[env, method, seed]
+            reached = (5000 * i for i in range(9, 201) if statistics.mean(returns[i - 9 : i + 1]) >= level)
+            steps[method, seed] = next(reached, 1_000_000)
+        pairs = itertools.product(range(5), range(5))
+        shares.append(statistics.mean(steps["ds-td3", x] < 0.6 * steps["td3", y] for x, y in pairs))
+    assert rows["5", "0 to 4"]["statistic"].startswith(f"{statistics.mean(shares):.2f} [")
+    saved = statistics.mean(steps["ds-td3", s] - steps["td3", s] for s in range(5)) / 1e6  # on Humanoid
+    shown = re.search(r"mean steps in millions .*Humanoid-v4 (-?[\d.]+) \[", rows["5", "0 to 4"]["beside"])[1]
+    assert float(shown) == pytest.approx(saved, abs=0.0051)
+    assert "level 0.9, factor 0.5 " in rows["5", "0 to 4"]["beside"]
+    # Interquartile mean of DS-TD3's scores, of 25 the middle 13.
+    final = final_returns(written)
+    scores = sorted(
+        (final[env, "ds-td3", seed] - RANDOM[env]) / (PAPERS_TD3[env] - RANDOM[env])
+        for env in ENVIRONMENTS
+        for seed in range(5)
+    )
+    assert f"interquartile means {statistics.mean(scores[6:-6]):.2f} [" in rows["1", "0 to 4"]["beside"]
+    # HalfCheetah alone: the made-up rivals are all alike, and all score far below 0.9.
+    assert rows["8", "0 to 4"]["verdict"] == "**confirmed**"
+    assert rows["9", "0 to 4"]["beside"].startswith("after 500,000 steps ")
+    for number in "6", "7":
+        assert rows[number, "0 to 4"]["statistic"].count("[") == 3
+    # None of these runs knows the rules.
+    assert all(rows[number, "fresh"]["verdict"] == "open: 0 of 8 cells have their seeds" for number in "12345")
+
+
+def test_nothing_published_is_left_out_and_its_tables_are_up_to_date(published):
+    assert not published.left_out
+    for maker in MAKERS:
+        made = maker(published)
+        for table in (made,) if isinstance(made, analysis.Table | analysis.Plot) else made:
+            if isinstance(table, analysis.Table) and not table.optional:
+                assert (published.folder / "tables" / f"{table.name}.md").read_text() == str(table), table.name
+
+
+def git(*arguments: str) -> str:
+    done = subprocess.run(["git", "-C", NOTEBOOK.parent, *arguments], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def test_fresh_verdicts_take_the_runs_whose_code_held_the_rules(tmp_path):
+    rules = git("log", "--diff-filter=A", "--format=%H", "--", "results/rules.md").split()[-1]
+    before = git("rev-parse", f"{rules}^")
+    write_grid(tmp_path, (0, 1, 2), before)
+    write_grid(tmp_path, (3, 4), git("rev-parse", "HEAD") + "-dirty")
+    rows = verdicts_of(tmp_path)
+    expected = 2 / math.comb(4, 2) ** 4
+    for number in "1234":
+        assert (rows[number, "fresh"]["verdict"], rows[number, "fresh"]["statistic"]) == (
+            ("**confirmed**", "1.00 [1.00, 1.00]")
+        )
+        p = [float(x) for x in rows[number, "fresh"]["p one-sided, two-sided, Holm's"].split(", ")]
+        assert p[:2] == pytest.approx([expected / 2, expected], rel=0.05) and p[2] >= p[1]
+        assert "HalfCheetah" not in rows[number, "fresh"]["beside"]
+    # DS-TD3 reaches the level after 2/3 of a rise that ends 1/1.5 as late: less than 0.6 of TD3's steps.
+    assert rows["5", "fresh"]["verdict"] == "**confirmed**"
+    run = analysis.read_results(tmp_path).runs[0]
+    made_by = {"0" * 40: False, before: False, rules: True, git("rev-parse", "HEAD"): True}
+    for commit, fresh in made_by.items():
+        assert analysis.is_fresh(run._replace(sessions=[{"commit": commit}, {"commit": "HEAD"}])) == fresh
+
+
+def test_a_verdict_across_tasks_needs_the_interval_and_the_exact_test():
+    low, high = [np.arange(5.0)] * 5, [np.arange(10.0, 15)] * 5
+    assert analysis.verdict_across_tasks(high, low).words == "confirmed"
+    refuted = analysis.verdict_across_tasks(low, high)
+    assert refuted.words == "refuted" and refuted.one_sided == pytest.approx(1)
+    assert analysis.verdict_across_tasks(low, low).words == "not shown"
+    # Two seeds on one task: the interval lies above 0.5, but the exact p is 1/3.
+    verdict = analysis.verdict_across_tasks([np.array([3.0, 4])], [np.array([1.0, 2])])
+    assert (verdict.words, verdict.statistic, verdict.p) == ("not shown", "1.00 [1.00, 1.00]", pytest.approx(1 / 3))
+
+
+def test_a_verdict_over_rivals_needs_all_to_confirm_and_one_to_refute():
+    x = np.array([1.0, 1.1, 0.9])
+    worse, equal, better = x - 1, x[::-1] + 0.01, x + 1
+    confirmed = analysis.verdict_over_rivals(x, [worse, worse - 1, worse - 2])
+    assert confirmed.words == "confirmed"
+    assert confirmed.p == pytest.approx(stats.ttest_ind(x, worse, equal_var=False).pvalue)  # the largest
+    not_shown = analysis.verdict_over_rivals(x, [worse, equal, worse])
+    assert not_shown.words == "not shown" and not_shown.p == 1  # three times that of the only one that is not behind
+    refuted = analysis.verdict_over_rivals(x, [worse, better, worse])
+    assert refuted.words == "refuted"
+    assert refuted.p == pytest.approx(3 * stats.ttest_ind(x, better, equal_var=False).pvalue)
+    # An interval of 95 % below zero, but not one of 1 - 0.05/3.
+    ahead = x + 0.25
+    p = stats.ttest_ind(x, ahead, equal_var=False).pvalue
+    assert 0.05 / 3 < p < 0.05
+    assert analysis.verdict_over_rivals(x, [worse, ahead, worse]).words == "not shown"
+    assert analysis.verdict_over_rivals(x, [ahead]).words == "refuted"
+
+
+@pytest.mark.parametrize(("mean", "words"), [(0.5, "confirmed"), (0.9, "not shown"), (1.3, "refuted")])
+def test_a_verdict_below_a_level_goes_by_students_interval(mean, words):
+    verdict = analysis.verdict_below(mean + np.array([-0.1, 0, 0.1, 0.05]), 0.9)
+    assert verdict.words == words
