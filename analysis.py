@@ -1,4 +1,8 @@
-"""Runs, the statistics and verdicts that results/rules.md fixes, and what report.py makes its tables and figures with.
+"""Runs, the statistics and verdicts that results/rules.md fixes, and one's own runs drawn beside the published ones.
+
+``python analysis.py FOLDER --beside results`` draws the learning curves of FOLDER's runs with those of results, writes
+figure and table into FOLDER, and prints the table of differences. ``report.py`` has every figure and table of
+analysis.ipynb, made with what is here.
 
 A sample is a list with one array per task, of shape (seeds,), or (resamples, seeds) within the bootstrap; seeds may
 differ between tasks. A return is the sum of an episode's rewards, an LCA a sum of returns over environment steps.
@@ -15,18 +19,20 @@ import json
 import math
 import re
 import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import matplotlib
 import numpy as np
 import pandas as pd
+import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy import stats
 
-from dst_td3 import Layer, read_policy
+from dst_td3 import InputError, Layer, command_line, read_policy, writing
 
 TASKS = ("HalfCheetah-v4", "Walker2d-v4", "Hopper-v4", "Ant-v4", "Humanoid-v4")
 METHODS = {"td3": "TD3", "static-td3": "Static-TD3", "ds-td3": "DS-TD3"}
@@ -826,3 +832,109 @@ def add_legend(figure: Figure, panels: dict[str, Axes], note: str = "") -> None:
     if handles:
         legend.legend(handles.values(), handles.keys(), loc="center", fontsize=14)
     legend.text(0.5, 0.02, note.strip(), transform=legend.transAxes, ha="center", fontsize=10, color="0.4")
+
+
+# --- Command line -----------------------------------------------------------------------------------------------------
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Draw the learning curves of one's own runs with the published ones, and print the table of their differences."""
+
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
+    """folder of one's own runs, as --results-dir was; figures/beside.* and tables/beside.md are written into it"""
+    beside: Path = Path("results")
+    """folder of the published runs"""
+
+
+def cut(selected: list[Run], steps: int) -> list[Run]:
+    """Return runs as if they had ended after ``steps``."""
+    return [
+        run._replace(length=(steps, *run.length[1:]), evaluations=run.evaluations[run.evaluations["step"] <= steps])
+        for run in selected
+    ]
+
+
+def settings_of(results: Results) -> list[tuple[str, str, dict[str, str]]]:
+    """Return environment, method and options of everything that has a finished run, in order."""
+    settings = [(run.env, run.method, run.options) for run in results.runs if run.summary]
+    return [setting for index, setting in enumerate(settings) if setting not in settings[:index]]
+
+
+def describe_beside(own: list[Run], published: list[Run], measure: str) -> str:
+    """Format how far the mean of one's own runs lies above the published one, at the last step that both have."""
+    if not published:
+        return "-"
+    steps = min(own[0].steps, published[0].steps)
+    values, digits = {"return": (final_returns, 0), "LCA": (lcas, 3)}[measure]
+    ours, theirs = (values(cut(runs, steps)) for runs in (own, published))
+    if min(len(ours), len(theirs)) < LEAST_SEEDS:
+        return f"{np.mean(ours) - np.mean(theirs):,.{digits}f}"
+    return describe_difference(ours, theirs, digits)
+
+
+def table_beside(own: Results, published: Results) -> Table:
+    """Return by how much each setting of one's own differs from the same one and the three methods published."""
+    rows = []
+    for (env, method, options), measure in itertools.product(settings_of(own), ("return", "LCA")):
+        selected = own.select(env, method, options)
+        values, digits = {"return": (final_returns, 1), "LCA": (lcas, 4)}[measure]
+        row = {"environment": env, "setting": f"{name_of(method)} {describe_options(options)}".strip(), "of": measure}
+        row |= {"steps": f"{selected[0].steps:,}", "seeds": str(len(selected))}
+        row |= {"ours": mean_and_std(values(selected), digits)}
+        row["less the same published"] = describe_beside(selected, published.select(env, method, options), measure)
+        row |= {
+            f"less published {name}": describe_beside(selected, published.select(env, other), measure)
+            for other, name in METHODS.items()
+        }
+        rows.append(row)
+    caption = (
+        f"**One's own runs less the published ones**, means over seeds at the last step that both have [95 % interval, "
+        f"Welch's t, where both have {LEAST_SEEDS} seeds]."
+    )
+    return Table("beside", caption, rows)
+
+
+def plot_beside(own: Results, published: Results) -> Plot:
+    """Return learning curves: a panel for each environment, one's own runs bright, the published methods' as ever."""
+    settings = settings_of(own)
+    figure, panels = panels_of(list(dict.fromkeys(env for env, _, _ in settings)))
+    others = list(dict.fromkeys((method, describe_options(options)) for _, method, options in settings))
+    colours = dict(zip(others, itertools.cycle((GREEN, PINK, SKY, "#D55E00", "#F0E442")), strict=False))
+    for env, axes in panels.items():
+        here = [(method, options) for task, method, options in settings if task == env]
+        longest = max(own.select(env, method, options)[0].steps for method, options in here)
+        for method, name in METHODS.items():
+            plot_curves(axes, cut(published.select(env, method), longest), f"{name}, published", COLOURS[name])
+        for method, options in here:
+            words = describe_options(options)
+            label = f"{name_of(method)} {words}".strip()
+            if options and (same := published.select(env, method, options)):
+                plot_curves(axes, cut(same, longest), f"{label}, published", "#AAAAAA")
+            plot_curves(axes, own.select(env, method, options), f"{label}, ours", colours[method, words])
+        label_axes(axes, env)
+    add_legend(figure, panels, "mean of ten evaluations, single ones pale")
+    return Plot("beside", figure)
+
+
+def main() -> int:
+    """Run the command line and return its exit code."""
+
+    def program(name: str) -> None:
+        args = tyro.cli(Arguments, prog=name)
+        own, published = (read_results(folder) for folder in (args.folder, args.beside))
+        for results in (own, published):
+            for named in results.left_out:
+                print(f"{name}: left out: {named}", file=sys.stderr)
+            if not settings_of(results):
+                raise InputError(f"{results.folder} has no finished run that can be read")
+        table, plot = table_beside(own, published), plot_beside(own, published)
+        with writing(own.folder):
+            table.write(own.folder)
+            plot.write(own.folder)
+        print(table)
+        print(f"written: {own.folder}/figures/beside.png and .pdf, {own.folder}/tables/beside.md")
+
+    return command_line(program)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -839,3 +839,68 @@ def test_a_verdict_over_rivals_needs_all_to_confirm_and_one_to_refute():
 def test_a_verdict_below_a_level_goes_by_students_interval(mean, words):
     verdict = analysis.verdict_below(mean + np.array([-0.1, 0, 0.1, 0.05]), 0.9)
     assert verdict.words == words
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# One's own runs beside the published
+# ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_draws_ones_own_runs_beside_the_published_and_prints_the_differences(tmp_path):
+    rng, own, published = random.Random(2), tmp_path / "own", tmp_path / "published"
+    written = {}
+    for method, final in (("td3", 2000), ("ds-td3", 3000)):
+        for seed in range(3):
+            written[method, seed] = learning(rng, final, 3)
+            write_run(published, "Hopper-v4", method, seed, written[method, seed])
+    for seed in range(3):
+        written["own", seed] = learning(rng, 2500, 3)
+        write_run(own, "Hopper-v4", "ds-td3", seed, written["own", seed])
+    short = learning(rng, 1000, 3, 21)
+    write_run(own, "Hopper-v4", "my-td3_my-option=0.1_total-timesteps=100000", 0, short, total=100_000)
+    write_run(own, "Swimmer-v5", "td3", 0, CURVE)
+    cut_lines(write_run(own, "Ant-v4", "td3", 0, CURVE) / "evaluations.csv", 50)
+
+    command = [sys.executable, analysis.__file__, own, "--beside", published]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("analysis.py: left out: ") and f"{own}/Ant-v4/td3/seed0" in done.stderr
+    rows = read_table(done.stdout)
+    assert rows == read_table((own / "tables" / "beside.md").read_text())
+    assert [(r["environment"], r["setting"], r["seeds"]) for r in rows[::2]] == [
+        ("Hopper-v4", "DS-TD3", "3"),
+        ("Hopper-v4", "my-td3 my-option 0.1", "1"),
+        ("Swimmer-v5", "TD3", "1"),
+    ]
+    ours, theirs = (final_returns({(m, s): written[m, s] for s in range(3)}) for m in ("own", "td3"))
+    test = stats.ttest_ind(list(ours.values()), list(theirs.values()), equal_var=False)
+    expected = statistics.mean(ours.values()) - statistics.mean(theirs.values()), *test.confidence_interval(0.95)
+    assert rows[0]["less published TD3"] == "{:,.0f} [{:,.0f}, {:,.0f}]".format(*expected)
+    assert rows[0]["less the same published"] == rows[0]["less published DS-TD3"] != "-"
+    assert rows[0]["less published Static-TD3"] == "-"
+    # A shorter run is held against as many steps of the published ones.
+    until = statistics.mean(statistics.mean(written["td3", seed][11:21]) for seed in range(3))
+    assert rows[2]["less published TD3"] == f"{statistics.mean(short[-10:]) - until:,.0f}"
+    area = sum(short) / 1e5 - statistics.mean(sum(written["td3", seed][:21]) / 1e5 for seed in range(3))
+    assert rows[3]["less published TD3"] == f"{area:,.3f}"
+    assert rows[2]["less the same published"] == "-"
+    assert {rows[4][name] for name in rows[4] if name.startswith("less")} == {"-"}
+    for suffix in ("png", "pdf"):
+        assert (own / "figures" / f"beside.{suffix}").stat().st_size > 1000
+    panels = analysis.plot_beside(*map(analysis.read_results, (own, published))).figure.axes
+    assert [axes.get_title() for axes in panels[:2]] == ["Hopper-v4 (3, 3, 3, 1 seeds)", "Swimmer-v5 (1 seed)"]
+    drawn = [text.get_text() for text in panels[2].get_legend().get_texts()]
+    named = ("TD3, published", "DS-TD3, published", "DS-TD3, ours", "my-td3 my-option 0.1, ours", "TD3, ours")
+    assert drawn == list(named)
+
+
+@pytest.mark.parametrize("missing", ["own", "published"])
+def test_the_command_refuses_a_folder_without_a_finished_run(tmp_path, monkeypatch, capsys, missing):
+    for name in {"own", "published"} - {missing}:
+        write_run(tmp_path / name, "Hopper-v4", "td3", 0, CURVE)
+    words = ["analysis.py", tmp_path / "own", "--beside", tmp_path / "published"]
+    monkeypatch.setattr(sys, "argv", list(map(str, words)))
+    assert analysis.main() == 2
+    output, error = capsys.readouterr()
+    assert not output and error == f"analysis.py: error: {tmp_path / missing} has no finished run that can be read\n"
+    assert not (tmp_path / "own" / "figures").exists()
