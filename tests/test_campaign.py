@@ -29,7 +29,7 @@ REPOSITORY = Path(dst_td3.__file__).parent
 SCRIPT = REPOSITORY / "run_all.sh"
 TABLES = (
     *("coverage", "table1_lca", "table2_return", "compute", "steps_to_dense", "aggregate", "provenance"),
-    *("appendix_lca", "appendix_return"),
+    *("appendix_lca", "appendix_return", "verdicts"),
 )
 PROGRAMS = {
     "dst_td3.py": dst_td3.Arguments,
