@@ -113,7 +113,8 @@ def arguments_class(program: str) -> type:
     path = Path(program).resolve()
     if not path.is_file():
         reject(f"there is no file {program} in {Path.cwd()}")
-    sys.path.insert(0, str(path.parent))  # as python does for the file that it is given
+    if str(path.parent) not in sys.path:  # python itself puts it there for the file that it is given
+        sys.path.insert(0, str(path.parent))
     module = importlib.import_module(path.stem)
     kinds = [kind for kind in vars(module).values() if isinstance(kind, type) and issubclass(kind, Arguments)]
     kinds.sort(key=lambda kind: kind.__module__ == module.__name__)
