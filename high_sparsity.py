@@ -1,4 +1,4 @@
-"""Agents at sparsity 0.9 and above: what the paper has not, as a variant of DS-TD3.
+"""Agents at sparsity 0.9 and above, which the paper does not cover: a variant of DS-TD3.
 
 ``python high_sparsity.py --env Ant-v4 --sparsity 0.9`` trains with all four parts; each can be set by an argument.
 
@@ -87,6 +87,8 @@ class HighSparsityTD3(TD3):
         for network in self.networks.values():
             masks = [mask for _, mask, _ in network.layer_arrays()]
             network.scale_steps([float(mask.sum() / mask.size) ** -args.step_exponent for mask in masks])
+            if args.drop_by == "contribution" and args.adapts:  # so that kernels are compiled before training begins
+                network.contributions(np.zeros((CONTRIBUTION_SAMPLES, masks[0].shape[-2]), masks[0].dtype))
 
     def adapt(self, network, buffer: ReplayBuffer, rng: Generator) -> None:
         """Adapt the topology of a network, then draw its dormant units anew."""

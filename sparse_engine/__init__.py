@@ -13,6 +13,10 @@ biases at the end. Activations are feature-major: one unit's values for the whol
 lines. A target holds a weight for each connection of its network, in the same places, and a few *extras*: connections
 that its network has dropped since, and it has not.
 
+**What the compiled updates take.** ``Arrays`` of actor and critics, ``Activations`` of both, a replay buffer's rows
+[capacity, columns], int64 indices [batch] of the batch, noise [batch, actions], ``Settings`` and Adam's step number.
+All floats have the parameters' type: another type, or another number of half vectors in the batch, compiles anew.
+
 **How the kernels move memory.** A connection multiplies a whole row of activations, so loading rows bounds the time.
 
 - ``weighted_sum``, forward: some columns of one output's row (a tile) stay in vector registers while all connections

@@ -1,6 +1,6 @@
 """How the kernels are compiled, where they are kept, and what is said meanwhile.
 
-numba keeps compiled code on disk and asks only whether a function's own file has changed. A kernel holds the code of
+numba keeps compiled code on disk and checks only whether a function's own file has changed. A kernel holds the code of
 all that it calls, so what is kept here goes by the content of the whole package: see ``digest``.
 """
 
@@ -88,8 +88,8 @@ def compiled_part(function: Callable) -> Callable:
 def compiled_apart(function: Callable) -> Callable:
     """Compile a function that only compiled code calls, but not into its callers.
 
-    Its arithmetic must leave LLVM nothing to choose, no order of a sum: the process that compiles calls a version of
-    its own, and those that load what it left call one that was optimized anew with the caller.
+    A process that compiles and one that loads the result may run different optimizations of such a function. So its
+    results must not depend on them: no sum in it may be reordered.
     """
     return numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **OPTIONS)(function)
 

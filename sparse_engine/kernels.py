@@ -44,7 +44,9 @@ DOTS_AT_ONCE = 4
 class Activations(NamedTuple):
     """Room for the values of all units of a stack for a batch: see ``activations``."""
 
-    values: np.ndarray  # a row of ``stride`` for each unit: the stack's inputs, then all outputs; then for sums
+    values: (
+        np.ndarray
+    )  # a row of ``stride`` for each unit, the stack's inputs, then all outputs; then scratch rows for sums
     stride: int  # elements of a row, padded to whole cache lines
     batch: int  # of which so many are samples
     half_vectors: tuple[None, ...]  # as many as hold the batch; a tuple, for its length is part of its type
@@ -322,7 +324,7 @@ class Arrays(NamedTuple):
     sizes: np.ndarray  # [L + 1] widths of all layers, inputs first
     dense: np.ndarray  # [L] whether a layer's weights are one dense matrix [outputs, inputs], which BLAS multiplies
     bands: np.ndarray  # [L] in how many bands of inputs each layer is cut
-    column_bands: np.ndarray  # [L] in how many bands of outputs each layer is cut for the backward pass
+    output_bands: np.ndarray  # [L] in how many bands of outputs each layer is cut for the backward pass
     first_row: np.ndarray  # [N * L] the first row of each part
     first_segment: np.ndarray  # [N * L] likewise
     first_column: np.ndarray  # [N * L] likewise
@@ -470,7 +472,7 @@ def sparse_backward(
         network.gradient[network.part_start[part] : network.part_start[part + 1]] = 0
     stride, half_vectors = activations.stride, len(activations.half_vectors)
     sums, inputs = network.sizes[0] + len(network.extra_start) - 1, network.sizes[layer]
-    tiles, bands = -(-half_vectors // BACKWARD_TILE), network.column_bands[layer]
+    tiles, bands = -(-half_vectors // BACKWARD_TILE), network.output_bands[layer]
     for tile in range(tiles):
         tile_start, tile_end = tile * half_vectors // tiles, (tile + 1) * half_vectors // tiles
         offset = tile_start * VECTOR_BYTES // 2 // activations.values.itemsize

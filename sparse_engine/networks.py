@@ -29,7 +29,7 @@ DENSE_OUTPUTS = 16  # the fewest for which BLAS is faster than the kernels
 Layer = tuple[np.ndarray, np.ndarray, np.ndarray]  # weight and mask [..., inputs, outputs], bias [..., 1, outputs]
 
 
-# --- Sparse topology: pieces 3 and 4 of the paper ---------------------------------------------------------------------
+# --- Sparse topology: piece 3 of the paper ----------------------------------------------------------------------------
 # A position is input * outputs + output, its place in the dense matrix that is never made; a topology is a sorted array
 # of them.
 
@@ -69,7 +69,7 @@ class Block(NamedTuple):
     inputs: int
     outputs: int
     bands: int
-    column_bands: int
+    output_bands: int
     connections: slice
     rows: slice
     segments: slice
@@ -78,13 +78,13 @@ class Block(NamedTuple):
     @classmethod
     def after(cls, last: "Block | None", inputs: int, outputs: int, connections: int) -> "Block":
         """Lay out a layer of so many connections behind the ``last`` one."""
-        bands = column_bands = 1
+        bands = output_bands = 1
         if connections < inputs * outputs:
             bands = max(1, min(-(-inputs // BAND_INPUTS), connections // (BAND_CONNECTIONS * outputs)))
-            column_bands = max(1, min(-(-outputs // BAND_OUTPUTS), connections // (BAND_CONNECTIONS * inputs)))
-        lengths = (connections, outputs, bands * outputs, column_bands * inputs)
+            output_bands = max(1, min(-(-outputs // BAND_OUTPUTS), connections // (BAND_CONNECTIONS * inputs)))
+        lengths = (connections, outputs, bands * outputs, output_bands * inputs)
         parts = zip(last.ends if last else (0, 0, 0, 0), lengths, strict=True)
-        return cls(inputs, outputs, bands, column_bands, *(slice(start, start + length) for start, length in parts))
+        return cls(inputs, outputs, bands, output_bands, *(slice(start, start + length) for start, length in parts))
 
     @property
     def dense(self) -> bool:
@@ -124,7 +124,7 @@ def allocate(blocks: list[Block], layers: int, dtype: np.dtype) -> Arrays:
     index = np.uint16 if max(sizes) <= 1 << 16 else np.uint32
     return Arrays(
         sizes=np.array(sizes),
-        **{name: np.array([getattr(b, name) for b in blocks[:layers]]) for name in ("dense", "bands", "column_bands")},
+        **{name: np.array([getattr(b, name) for b in blocks[:layers]]) for name in ("dense", "bands", "output_bands")},
         **{f"first_{name}": np.array([getattr(b, f"{name}s").start for b in blocks]) for name in PARTS},
         segment_start=np.zeros(segments + 1, np.uint32),
         input_index=np.zeros(connections, index),
@@ -164,8 +164,6 @@ class SparseNetwork:
             self._write(block, topology, parameters=weight.ravel()[topology])
         self.arrays.parameters[self.connections :] = np.concatenate([bias.ravel() for _, _, bias in stack])
         self.arrays.target[:] = self.arrays.parameters
-        sparse = zip(self.blocks[: self.depth - 1], topologies, strict=False)
-        self.initial = [topology.astype(np.min_scalar_type(b.inputs * b.outputs)) for b, topology in sparse]
         self.steps = np.zeros((), dtype=np.int64)
 
     @property
@@ -265,11 +263,11 @@ class SparseNetwork:
         arrays, start = self.arrays, block.connections.start
         inputs, outputs = np.divmod(topology, block.outputs)
         segments = inputs * block.bands // block.inputs * block.outputs + outputs
-        columns = outputs * block.column_bands // block.outputs * block.inputs + inputs
+        columns = outputs * block.output_bands // block.outputs * block.inputs + inputs
         by_segment, by_column = (np.argsort(numbers, kind="stable") for numbers in (segments, columns))
         arrays.segment_start[with_end(block.segments)] = start + start_of_each(segments, block.bands * block.outputs)
         arrays.input_index[block.connections] = inputs[by_segment]
-        arrays.column_start[with_end(block.columns)] = start + start_of_each(columns, block.column_bands * block.inputs)
+        arrays.column_start[with_end(block.columns)] = start + start_of_each(columns, block.output_bands * block.inputs)
         arrays.output_index[block.connections] = outputs[by_column]
         place = np.empty_like(arrays.place[block.connections])
         place[by_segment] = np.arange(start, block.connections.stop)
@@ -333,11 +331,6 @@ class SparseNetwork:
         weight = np.zeros((block.inputs, block.outputs), values.dtype)
         weight.ravel()[topology] = values[place]
         return weight, block.mask(topology), values[self.connections :][block.rows][None]
-
-    def topologies(self) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Return the present and the first mask of each sparse layer (of the first network, where they are stacked)."""
-        pairs = zip(self.blocks, self.initial, strict=False)
-        return [(block.mask(self._topology(block)[0]), block.mask(initial)) for block, initial in pairs]
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Return everything that training changes, as numpy arrays by name; the layout in memory is no part of it."""
