@@ -90,7 +90,8 @@ def parse(words: list[str], arguments: list[str]) -> argparse.Namespace:
     add("--list", action="store_true", help="print each run's command and the time that all would take; run nothing")
     add("--line", **number, help="run only line N of the list, for job schedulers other than Slurm")
     add("--slurm", action="store_true", help="submit what is missing as a Slurm job array instead of running it here")
-    add("--slurm-options", default="", metavar="OPTIONS", help='what else sbatch is given: "--time=24:00:00 --mem=8G"')
+    sbatch = "what else sbatch is given, such as --slurm-options '--time=24:00:00 --mem=8G'"
+    add("--slurm-options", type=shlex.split, default=[], metavar="OPTIONS", help=sbatch)
     add("--program", metavar="FILE", help=program)
     add("--env", **several, help="environment of --program (default: its own); may be given again")
     if "--slurm-options" in words:  # argparse would take "--mem=8G" for another option
@@ -222,7 +223,7 @@ def main() -> int:
         words = [word for word in own if word != "--slurm"]
         task = f"exec {shlex.join([sys.executable, __file__, *words, '--line'])} $SLURM_ARRAY_TASK_ID"
         task += f" -- {shlex.join(arguments)}" if arguments else ""
-        return submit(runs, task, logs, shlex.split(given.slurm_options))
+        return submit(runs, task, logs, given.slurm_options)
     pool = Pool(given.jobs, logs)
     try:
         pool.work([run for run in runs if not run.is_done()], Progress(pool, runs))

@@ -321,6 +321,7 @@ def test_results_may_lie_in_a_folder_with_spaces(commands, tmp_path):
         (["--jobs"], "--jobs: expected one argument"),
         (["--results-dir", "--list"], "--results-dir: expected one argument"),
         (["--slurm-options"], "--slurm-options: expected one argument"),
+        (["--slurm-options", "--time='1"], "--slurm-options: invalid split value"),
         (["--results-dir", "/proc/nowhere"], "cannot write to /proc/nowhere"),
         (["--line", "311"], "--line must be at most 310"),
         (["--fast"], "unrecognized arguments: --fast"),
