@@ -4,7 +4,7 @@ VENV ?= .venv
 PEERS ?= .venv-peers
 ARGS ?= --env Hopper-v4 --sparsity 0.5
 
-.PHONY: train test benchmark
+.PHONY: train test smoke benchmark
 
 train: $(VENV)/installed
 	$(VENV)/bin/python dst_td3.py $(ARGS)
@@ -13,6 +13,12 @@ test: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/python -m pytest
+
+# A little of everything, in two minutes.
+smoke: $(VENV)/installed
+	$(VENV)/bin/python -m pytest tests/test_topology.py tests/test_agent.py tests/test_authors_update.py \
+		tests/test_environments.py tests/test_rules.py tests/test_statistics.py tests/test_readme.py
+	$(VENV)/bin/python -m pytest tests/test_training.py -k "bytes or describe or named"
 
 benchmark: $(VENV)/installed $(PEERS)/installed
 	$(VENV)/bin/python benchmarks/benchmark.py --peers $(PEERS)/bin/python

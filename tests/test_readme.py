@@ -40,7 +40,8 @@ def test_the_map_links_all_it_names():
     assert not re.findall(r"(?<!\[)`[\w.]+`", code_map.replace("`lambda", ""))
 
 
-PAGES = ["README.md", *(f"results/{name}.md" for name in ("README", "findings", "high-sparsity", "rules"))]
+OF_RESULTS = (f"results/{name}.md" for name in ("README", "findings", "high-sparsity", "rules"))
+PAGES = ["README.md", "CONTRIBUTING.md", *OF_RESULTS]
 
 
 @pytest.mark.parametrize("page", PAGES)
