@@ -24,14 +24,16 @@ import os
 import platform
 import re
 import resource
+import shlex
 import signal
 import subprocess
 import sys
 import time
+import traceback
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple
 
@@ -58,6 +60,7 @@ class Arguments:
     """Train a TD3 agent that is sparse from the first step to the last (DS-TD3). Defaults are the paper's settings."""
 
     env: str = "HalfCheetah-v4"  # Gymnasium environment with a vector of observations and a bounded vector of actions
+    env_kwargs: str | None = None  # arguments of the environment, as JSON: {"terminate_when_unhealthy": false}
     method: Literal["ds-td3", "static-td3", "td3"] = "ds-td3"  # adapts its topology, keeps its first one, or is dense
     sparsity: float | None = None  # fraction of the hidden layers' connections left out (else the paper's, or 0.5)
     er_lambda: tuple[float, ...] | None = None  # instead: lambda * (inputs + outputs) connections for each hidden layer
@@ -166,6 +169,8 @@ class Arguments:
                 raise InputError(f"--{flag} needs the package {package}: pip install {package}")
         if self.initial_policy is not None:
             read_policy(self.initial_policy, self.env)
+        with reported_as(InputError, f"--env-kwargs must be JSON in braces, not {self.env_kwargs}:"):
+            dict(**json.loads(self.env_kwargs or "{}"))
 
     def _require(self, condition: bool, name: str, expected: str) -> None:
         if not condition:
@@ -573,44 +578,85 @@ def reported_as(kind: type[Exception], message: str, causes=(OSError, KeyError, 
 
 
 class CheckedEnvironment(gymnasium.Wrapper):
-    """The one place where an environment's data enters. Raises RunError where it fails or returns what is not finite.
+    """The one place where an environment's data enters: copied, converted to float32, checked. RunError names faults.
 
-    Arrays are copied both ways: an environment may change the array that it has returned, or the action it was given.
+    Copied, since an environment may change the array that it has returned, or the action it was given. An exception of
+    its own code is shown with its traceback.
     """
+
+    def __init__(self, env: gymnasium.Env):
+        super().__init__(env)
+        self.name, self.low, self.high = env.spec.id, env.action_space.low, env.action_space.high
 
     def reset(self, **options) -> tuple[np.ndarray, dict]:
         """Begin an episode; return its first observation [observations], and information."""
-        return self._call(self.env.reset, **options)
+        observation, information = self._call(2, self.env.reset, **options)
+        return self._numbers("an observation", observation, self.observation_space.shape, np.float32), information
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
-        """Act; return observation, reward, terminated, truncated and information."""
-        if not math.isfinite(action.sum()):
+        """Act, by the action space's own type and bounds; return what Gymnasium's ``step`` does."""
+        if not np.isfinite(action).all():
             raise RunError("the policy's action is not finite (the networks have diverged)")
-        observation, reward, terminated, truncated, information = self._call(self.env.step, action.copy())
-        if not math.isfinite(reward):
-            raise RunError(f"{self.spec.id} returned a reward that is not finite")
-        return observation, float(reward), bool(terminated), bool(truncated), information
+        action = np.minimum(np.maximum(action, self.low), self.high).astype(self.low.dtype, copy=False)
+        observation, reward, terminated, truncated, information = self._call(5, self.env.step, action)
+        observation = self._numbers("an observation", observation, self.observation_space.shape, np.float32)
+        reward = float(self._numbers("a reward", reward, (), np.float64))
+        return observation, reward, bool(terminated), bool(truncated), information
 
-    def _call(self, function: Callable, *arguments, **options) -> tuple:
-        with reported_as(RunError, f"{self.spec.id} failed with", Exception):  # its own code can raise anything
-            observation, *others = function(*arguments, **options)
-        if not math.isfinite(observation.sum()):
-            raise RunError(f"{self.spec.id} returned an observation that is not finite")
-        return np.array(observation), *others
+    def _call(self, values: int, function: Callable, *arguments, **options) -> tuple:
+        try:
+            returned = function(*arguments, **options)
+        except Exception as error:  # an environment's own code can raise anything
+            traceback.print_exc()
+            raise RunError(f"{self.name} failed with {type(error).__name__}: {error}") from error
+        if not isinstance(returned, tuple) or len(returned) != values:
+            raise RunError(f"{self.name} returned {returned!s:.60} from {function.__name__}, not {values} values")
+        return returned
+
+    def _numbers(self, what: str, given, shape: tuple[int, ...], dtype: type) -> np.ndarray:
+        with suppress(TypeError, ValueError), np.errstate(over="ignore"):
+            numbers = np.array(given, dtype)
+            if numbers.shape == shape and np.isfinite(numbers).all():
+                return numbers
+        needed = f"{shape[0]} finite numbers" if shape else "a finite number"
+        raise RunError(f"{self.name} returned {what} that is not {needed}: {given!s:.60}")
 
 
-def make_environment(name: str, **options) -> gymnasium.Env:
-    """Make an environment of Gymnasium. Raises InputError where there is none, or none with bounded vectors."""
+def make_environment(name: str, arguments: str | None = None, **options) -> gymnasium.Env:
+    """Make an environment of Gymnasium with ``arguments`` in JSON. InputError where it has no bounded real vectors."""
     warnings.filterwarnings("ignore", message=".*is out of date.*")  # on purpose: the paper's tasks are the -v4 ones
     papers = ", ".join(Arguments.PAPER_LAMBDA)
     with reported_as(InputError, f"environment {name} cannot be made (the paper's are {papers}):", Exception):
-        env = gymnasium.make(name, disable_env_checker=True, **options)
+        env = gymnasium.make(name, disable_env_checker=True, **json.loads(arguments or "{}"), **options)
+        if isinstance(env.observation_space, gymnasium.spaces.Dict | gymnasium.spaces.Tuple):
+            env = gymnasium.wrappers.FlattenObservation(env)
     for kind, space in (("observations", env.observation_space), ("actions", env.action_space)):
         if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1:
             raise InputError(f"{name} has {kind} in {space}: needed is a vector of real numbers (a Box of one axis)")
-    if not env.action_space.is_bounded():
-        raise InputError(f"{name} has unbounded actions: needed are a lower and an upper bound for each")
+    # Values of the square of a loss's square: beyond, float32 overflows within an update.
+    widest = float(np.finfo(np.float32).max) ** 0.25
+    if not np.issubdtype(space.dtype, np.floating) or not max(abs(space.low).max(), abs(space.high).max()) < widest:
+        raise InputError(f"{name} has actions in {space}: needed are real numbers within bounds below {widest:.0e}")
+    if not isinstance(env.unwrapped.np_random, np.random.Generator | np.random.RandomState):
+        raise InputError(f"{name} draws from {type(env.unwrapped.np_random)}: needed is a random generator of numpy")
     return CheckedEnvironment(env)
+
+
+def random_state(env: gymnasium.Env) -> dict:
+    """Return the state of an environment's random generator, as JSON has it."""
+    generator = env.unwrapped.np_random
+    legacy = isinstance(generator, np.random.RandomState)
+    state = generator.get_state(legacy=False) if legacy else generator.bit_generator.state
+    return json.loads(json.dumps(state, default=np.ndarray.tolist))
+
+
+def set_random_state(env: gymnasium.Env, state: dict) -> None:
+    """Take over what ``random_state`` returned. Raises KeyError, TypeError or ValueError where it does not fit."""
+    generator = env.unwrapped.np_random
+    if isinstance(generator, np.random.RandomState):
+        generator.set_state(state)
+    else:
+        generator.bit_generator.state = state
 
 
 def evaluate(act: Callable, env: gymnasium.Env, episodes: int, seed: int) -> Iterator[tuple[float, int]]:
@@ -647,6 +693,18 @@ def count_costs(env: gymnasium.Env, args: Arguments) -> dict[str, float]:
     return counts | {"training_flops": flops, "training_flops_of_dense": dense_flops}
 
 
+def require_memory(env: gymnasium.Env, args: Arguments) -> None:
+    """Raise InputError where the first networks and the replay buffer need more than this machine's memory."""
+    positions = [sum(map(math.prod, itertools.pairwise(widths))) for widths, _ in network_sizes(env, args)]
+    copies = 4 if args.engine == "sparse" else 10  # of a dense float32 matrix: drawn as such, and kept by one engine
+    transition = 2 * env.observation_space.shape[0] + env.action_space.shape[0] + 2
+    needed = 4 * (copies * (positions[0] + 2 * positions[1]) + transition * min(args.buffer_size, args.total_timesteps))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        sizes = f"{needed / 1e9:,.1f} GB and this machine has {memory / 1e9:,.1f}"
+        raise InputError(f"--hidden, --buffer-size: networks and replay buffer need about {sizes}")
+
+
 def describe(env: gymnasium.Env, args: Arguments) -> str:
     """Tabulate each layer's shape, connections and sparsity, then #params, training FLOPs and the buffer's bytes."""
     lines = [f"{args.env}, {run_name(args)}", f"{'layer':<17}{'shape':>12}{'connections':>14}{'sparsity':>10}"]
@@ -663,9 +721,14 @@ def describe(env: gymnasium.Env, args: Arguments) -> str:
     return "\n".join(lines)
 
 
-def learning_curve_area(returns: list[float], eval_interval: int, total_timesteps: int) -> float:
-    """Return the paper's LCA: all evaluations' returns, the first before training, summed, over the number of steps."""
-    return sum(returns) * (eval_interval / 5000) / total_timesteps  # the paper evaluates every 5,000 steps
+def learning_curve_area(evaluations: list[dict], total_timesteps: int) -> float:
+    """Return the paper's LCA: all evaluations' returns, the first before training, summed, over the number of steps.
+
+    The paper evaluates every 5,000 steps; where evaluations lie otherwise apart, each counts for as many of those.
+    """
+    steps, returns = ([row[name] for row in evaluations] for name in ("step", "return_mean"))
+    intervals = np.diff(steps, prepend=-steps[1])  # the first, at step 0, counts as the second does
+    return float(np.dot(returns, intervals)) / 5000 / total_timesteps
 
 
 # --- Files ------------------------------------------------------------------------------------------------------------
@@ -694,10 +757,13 @@ def write_json(path: Path, content: dict) -> None:
         file.write((json.dumps(content, indent=2) + "\n").encode())
 
 
-def read_json(path: Path, key: str):
-    """Return one entry of what ``write_json`` wrote. Raises InputError when the file is damaged."""
+def read_json(path: Path, key: str, kind: type):
+    """Return one entry, of type ``kind``, of what ``write_json`` wrote. Raises InputError when the file is damaged."""
     with reported_as(InputError, f"{path} is damaged: move its folder away, or choose a --results-dir;"):
-        return json.loads(path.read_text())[key]
+        entry = json.loads(path.read_text())[key]
+        if not isinstance(entry, kind):
+            raise TypeError(f"{key} is {entry!s:.60}")
+        return entry
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
@@ -720,21 +786,36 @@ def read_policy(path: Path, env: str) -> tuple[list[Layer], Tensor, Tensor]:
     """Read the layers and bounds [actions] of a policy for ``env``. Raises InputError when it is none."""
     with reported_as(InputError, f"{path} is no policy that can be read:"):
         arrays, layers = read_arrays(path), []
+        low, high = arrays["low"], arrays["high"]
         for index in range(sum(name.endswith(".shape") for name in arrays)):
             shape, topology, connected, bias = (arrays[f"{index}.{n}"] for n in ("shape", "topology", "weight", "bias"))
-            mask = np.unpackbits(topology, count=math.prod(shape)).reshape(shape)
+            inputs, outputs = shape.tolist()
+            mask = np.unpackbits(topology)[: inputs * outputs].reshape(inputs, outputs)
+            chained = not layers or layers[-1].bias.shape == (1, inputs)
+            if not chained or connected.shape != (mask.sum(),) or bias.shape != (1, outputs):
+                raise ValueError(f"layer {index + 1} does not fit its shape or the layer before")
             weight = np.zeros(shape, np.float32)
             weight[mask == 1] = connected
             layers.append(Layer(*map(torch.from_numpy, (weight, mask, bias))))
+        if not layers or not low.shape == high.shape == layers[-1].bias.shape[1:]:
+            raise ValueError("its bounds are not those of its actions")
+        if {a.dtype for name, a in arrays.items() if name.endswith(("weight", "bias", "low", "high"))} != {
+            np.dtype("f4")
+        }:
+            raise ValueError("its numbers are not float32")
         if arrays["env"] != env:
             raise InputError(f"{path} holds a policy for {arrays['env']}, not for {env}")
-        return layers, torch.from_numpy(arrays["low"]), torch.from_numpy(arrays["high"])
+        return layers, torch.from_numpy(low), torch.from_numpy(high)
 
 
 def load_policy(path: Path, env: str) -> Callable[[np.ndarray], np.ndarray]:
     """Read a policy for ``env`` as a function from observation to action. Raises InputError when it is none."""
     layers, low, high = read_policy(path, env)
-    return lambda observation: policy(layers, torch.from_numpy(observation).float()[None], low, high)[0].numpy()
+
+    def act(observation) -> np.ndarray:
+        return policy(layers, torch.tensor(np.array(observation, np.float32))[None], low, high)[0].numpy()
+
+    return act
 
 
 def provenance() -> dict:
@@ -777,14 +858,23 @@ def run_name(args: Arguments) -> str:
     for field in names:
         value = getattr(args, field)
         if field not in (*unnamed, *args.PRESENTATION) and value is not None and value != getattr(papers, field):
+            if field == "env_kwargs":
+                value = ",".join(f"{key}={json.dumps(v)}" for key, v in json.loads(value).items()).replace("/", "-")
             value = ",".join(f"{v:g}" for v in value) if isinstance(value, tuple) else value
             name += f"_{field.replace('_', '-')}={value.stem if isinstance(value, Path) else value}"
-    return name
+    # File systems take at most 255 bytes.
+    return (
+        name
+        if len(name.encode()) <= 200
+        else f"{name.encode()[:190].decode(errors='ignore')}_{zlib.crc32(name.encode()):x}"
+    )
 
 
 def run_directory(args: Arguments) -> Path:
     """Return the folder of a run of resolved arguments."""
-    return args.results_dir / args.env.replace("/", "-") / run_name(args) / f"seed{args.seed}"
+    run, env = Path(run_name(args), f"seed{args.seed}"), args.env.replace("/", "-")
+    former = args.results_dir / env / run  # a colon is not for paths, but older folders have it
+    return former if os.path.exists(former) else args.results_dir / env.replace(":", "-") / run
 
 
 def arguments_to_store(args: Arguments) -> dict:
@@ -796,8 +886,8 @@ def arguments_to_store(args: Arguments) -> dict:
 def is_finished(args: Arguments) -> bool:
     """Tell whether a run is done. Raises InputError where its folder is damaged or has a run of other arguments."""
     config, summary = (run_directory(args) / name for name in ("config.json", "summary.json"))
-    begun = read_json(config, "arguments") if os.path.exists(config) else {}
-    finished = os.path.exists(summary) and read_json(summary, "steps") > 0
+    begun = read_json(config, "arguments", dict) if os.path.exists(config) else {}
+    finished = os.path.exists(summary) and read_json(summary, "steps", int) > 0
     for name, value in arguments_to_store(args).items():
         if begun.get(name, value) != value and not (finished and name in ("engine", "device")):
             other = f"{name} {begun[name]} there and {value} here"
@@ -816,8 +906,9 @@ class Run:
         self.args, self.directory = args, run_directory(args)
         self.checkpoint, self.transitions = self.directory / "checkpoint.npz", self.directory / "transitions.bin"
         self.rng = np.random.default_rng(args.seed)
-        self.env, self.evaluation_env = make_environment(args.env), make_environment(args.env)
+        self.env, self.evaluation_env = (make_environment(args.env, args.env_kwargs) for _ in range(2))
         self.bounds = tuple(b.astype(np.float32) for b in (self.env.action_space.low, self.env.action_space.high))
+        require_memory(self.env, args)
         self.costs, (actor, critic) = count_costs(self.env, args), network_sizes(self.env, args)
         networks = initial_layers(*actor, self.rng), initial_layers(*critic, self.rng, networks=(2,))
         capacity = min(args.buffer_size, args.total_timesteps)
@@ -826,6 +917,7 @@ class Run:
         self.agent = args.make_agent(*networks, self.bounds)  # last: this may compile for some seconds
         self.initial_layers = [network.layer_arrays() for network in self.agent.networks.values()]
         self.step, self.saved_step = 0, 0
+        self.made_before: dict[str, str] = {}  # evaluations since the checkpoint, by a run that was killed
         self.tables: dict[str, list[dict]] = {"evaluations": [], "timing": [], "topology": []}
         self.seconds = {"training_seconds": 0.0, "evaluation_seconds": 0.0}
         self.env.reset(seed=args.seed)  # seeds its generator, from whose state the first episode begins
@@ -833,7 +925,7 @@ class Run:
 
     def begin_episode(self) -> None:
         """Reset the environment, so that a checkpoint written now can do it again."""
-        self.episode_rng = self.env.unwrapped.np_random.bit_generator.state
+        self.episode_rng = random_state(self.env)
         self.observation, _ = self.env.reset()
         self.between_episodes = True
 
@@ -863,6 +955,12 @@ class Run:
         self.seconds["evaluation_seconds"] += time.perf_counter() - started
         row = {"step": self.step, "return_mean": float(np.mean(returns)), "return_std": float(np.std(returns))}
         row |= {"return_min": min(returns), "return_max": max(returns), "length_mean": float(np.mean(lengths))}
+        if self.made_before.get(str(self.step), line := ",".join(map(str, row.values()))) != line:
+            self.note(
+                "evaluated_otherwise",
+                f"the evaluation at step {self.step:,} differs from the one made before a kill: "
+                "the environment keeps state from one episode to the next, or this machine rounds otherwise",
+            )
         self.tables["evaluations"].append(row)
         self.tables["timing"].append({"step": self.step} | {name: round(s, 3) for name, s in self.seconds.items()})
         self.tables["topology"] += self._topology_rows() if args.adapts else []
@@ -906,12 +1004,16 @@ class Run:
             self.agent.load_state_dict(arrays)
             self.buffer.load(self.transitions, state["step"], state["checksum"])
             self.rng.bit_generator.state = state["rng"]
-            self.env.unwrapped.np_random.bit_generator.state = state["episode_rng"]
+            set_random_state(self.env, state["episode_rng"])
             self.tables, self.seconds, self.step = state["tables"], state["seconds"], state["step"]
         self.saved_step = self.step
+        with suppress(OSError):
+            lines = (self.directory / "evaluations.csv").read_text().splitlines()[1:]
+            self.made_before = {line.partition(",")[0]: line for line in lines}
         self.begin_episode()
         if not np.array_equal(self.observation, arrays["observation"]):
-            raise RunError(f"{self.args.env} begins an episode otherwise than before, by randomness that no seed sets")
+            reason = "it keeps state from one episode to the next, or draws from a generator of its own"
+            raise RunError(f"{self.args.env} does not begin an episode again as it did before a checkpoint: {reason}")
 
     def note_provenance(self) -> None:
         """Note in config.json what the run is made with, and where it goes on with something else."""
@@ -919,10 +1021,16 @@ class Run:
         if not path.exists():
             write_json(path, {"id": os.urandom(4).hex(), "arguments": arguments_to_store(self.args), **now})
         config = json.loads(path.read_text())
-        parts = [config, *config.get("resumed", [])]
-        if any(now[key] != parts[-1].get(key) for key in now):
-            print(f"from step {self.step:,} on, another commit, other versions or another machine make this run")
-            write_json(path, config | {"resumed": [*parts[1:], {"step": self.step, **now}]})
+        last = [config, *config.get("resumed", [])][-1]
+        if any(now[key] != last.get(key) for key in now):
+            self.note("resumed", "another commit, other versions or another machine go on with the run", now)
+
+    def note(self, key: str, message: str, further: dict | None = None) -> None:
+        """Say something about the run from this step on, and add it to a list in config.json."""
+        path = self.directory / "config.json"
+        config, entry = json.loads(path.read_text()), {"step": self.step, **(further or {})}
+        tqdm.write(f"step {self.step:,}: {message}")
+        write_json(path, config | {key: [*config.get(key, []), entry]})
 
     def save_policy(self, name: str) -> None:
         """Write the policy so far."""
@@ -931,7 +1039,7 @@ class Run:
     def finish(self) -> dict:
         """Write the trained policy and the summary, remove what only an unfinished run needs, return the summary."""
         returns = [row["return_mean"] for row in self.tables["evaluations"]]
-        lca = learning_curve_area(returns, self.args.eval_interval, self.args.total_timesteps)
+        lca = learning_curve_area(self.tables["evaluations"], self.args.total_timesteps)
         final = float(np.mean(returns[1:][-10:]))  # a short run's first one, of the untrained policy, is left out
         summary = self.costs | {"final_return": final, "lca": lca, "evaluations": len(returns), "steps": self.step}
         summary |= {name: round(value, 1) for name, value in self.seconds.items()}
@@ -943,6 +1051,25 @@ class Run:
         return summary
 
 
+class Output:
+    """A stream that outlives its reader: where a pipe is closed, the run is asked to stop, and is silent until then."""
+
+    def __init__(self, stream, stopped: list[signal.Signals]):
+        self.stream, self.stopped = stream, stopped
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> None:
+        """Write and flush."""
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            self.stopped.append(signal.SIGPIPE)
+
+
 class Progress:
     """Shows how a run goes, as a bar on a terminal and as a line at each evaluation, and logs it where asked."""
 
@@ -952,26 +1079,37 @@ class Progress:
         if args.track:
             import wandb
 
-            options = {"project": "dst-rl", "name": name, "id": read_json(directory / "config.json", "id")}
+            options = {"project": "dst-rl", "name": name, "id": read_json(directory / "config.json", "id", str)}
             options |= {"config": arguments_to_store(args), "resume": "allow", "sync_tensorboard": True}
             closing.callback(wandb.init(**options).finish)
         if args.tensorboard or args.track:
             from torch.utils.tensorboard import SummaryWriter
 
             self.writer = closing.enter_context(SummaryWriter(directory / "tensorboard", purge_step=run.step + 1))
-        print(f"{name}, {args.engine} engine on {args.device}: step {run.step:,} of {total:,}", flush=True)
+        print(f"{name}, {args.engine} engine on {args.device}: step {run.step:,} of {total:,}")
+        if isinstance(run.env.env, gymnasium.wrappers.FlattenObservation):
+            print(f"observations of {args.env} are flattened to {run.env.observation_space.shape[0]} numbers")
+        if run.env.spec.max_episode_steps is None:
+            print(f"{args.env} has no time limit: an episode, and so an evaluation, ends only where it says so itself")
         bar = tqdm(total=total, initial=run.step, unit=" steps", unit_scale=True, leave=False, disable=None)
         self.bar = closing.enter_context(bar)
         self.shown, self.shown_at = run.step, time.perf_counter()  # at the last line
 
+    def advanced(self) -> None:
+        """Show one more step; time is counted anew from the first update, since steps before it are far faster."""
+        self.bar.update()
+        if self.run.step == self.run.args.learning_starts:
+            self.bar.reset(self.bar.total)
+            self.bar.initial = self.bar.n = self.run.step
+
     def evaluated(self, row: dict) -> None:
         """Show and log an evaluation's row of the table, and log the losses of the last update."""
-        step, now, args, sparsity = row["step"], time.perf_counter(), self.run.args, self.run.costs["sparsity"]
-        line = f"step {step:>9,}  return {row['return_mean']:9.1f} +- {row['return_std']:7.1f}  sparsity {sparsity:.2f}"
+        step, now, args = row["step"], time.perf_counter(), self.run.args
+        line = f"step {step:>9,}  return {row['return_mean']:9.1f} +- {row['return_std']:7.1f}"
         if step > self.shown:
             speed = (step - self.shown) / (now - self.shown_at)
             line += f"  {speed:,.0f} steps/s"
-            if step > args.learning_starts:  # steps before the first update are many times faster
+            if step > args.learning_starts:
                 line += f"  {tqdm.format_interval((args.total_timesteps - step) / speed)} left"
         tqdm.write(line)
         self.shown, self.shown_at = step, now
@@ -990,9 +1128,14 @@ def train(args: Arguments) -> int:
 
     def stop(number: int, frame) -> None:
         stopped.append(signal.Signals(number))
-        signal.signal(number, signal.SIG_DFL)  # a second one stops at once
+        signal.signal(number, signal.SIG_DFL)
+        now = f"again stops now and goes on from step {run.saved_step:,}"
+        with suppress(OSError):  # no print, which this signal may have interrupted
+            os.write(sys.stderr.fileno(), f"stopping after this evaluation and episode; {now}\n".encode())
 
     with ExitStack() as closing:
+        for redirect, stream in ((redirect_stdout, sys.stdout), (redirect_stderr, sys.stderr)):
+            closing.enter_context(redirect(Output(stream, stopped)))
         with reported_as(InputError, f"cannot use {run.directory}:", OSError):
             run.directory.mkdir(parents=True, exist_ok=True)
             lock = closing.enter_context(open(run.directory / "lock", "w"))
@@ -1010,7 +1153,7 @@ def train(args: Arguments) -> int:
                 progress.evaluated(run.evaluate())
             while run.step < args.total_timesteps:
                 run.advance()
-                progress.bar.update()
+                progress.advanced()
                 if run.step % args.eval_interval == 0 or run.step == args.total_timesteps:
                     progress.evaluated(run.evaluate())
                 if run.step in args.snapshot_at:
@@ -1023,7 +1166,8 @@ def train(args: Arguments) -> int:
             summary = run.finish()
         except RunError as error:
             raise RunError(f"after step {run.step:,}: {error}; the command goes on from {run.saved_step:,}") from error
-    print(f"final return {summary['final_return']:.1f}, LCA {summary['lca']:.4f}: python watch.py {run.directory}")
+        watch = f"python watch.py {shlex.quote(str(run.directory))}"
+        print(f"final return {summary['final_return']:.1f}, LCA {summary['lca']:.4f}: {watch}")
     return 0
 
 
@@ -1049,7 +1193,7 @@ def main(arguments: type[Arguments] = Arguments) -> int:
         args = tyro.cli(arguments, prog=name)
         args.validate()
         args = resolve(args)
-        return print(describe(make_environment(args.env), args)) if args.describe else train(args)
+        return print(describe(make_environment(args.env, args.env_kwargs), args)) if args.describe else train(args)
 
     return command_line(program)
 
