@@ -15,6 +15,7 @@ multiplies dense matrices by 0/1 masks, as the paper does; the package ``sparse_
 
 import dataclasses
 import fcntl
+import functools
 import importlib.metadata
 import importlib.util
 import itertools
@@ -149,6 +150,7 @@ class Arguments:
             self._require(0 <= getattr(self, name) < math.inf, name, "zero or a positive number")
         for name in ("drop_fraction", "adapt_until", "gamma", "tau"):
             self._require(0 <= getattr(self, name) <= 1, name, "between 0 and 1")
+        self._require(self.threads <= 4096, "threads", "at most 4096")
         self._require(0 < self.learning_rate < math.inf, "learning_rate", "a positive number")
         self._require(min(self.hidden, default=0) > 0, "hidden", "one or more positive widths")
         later = f"more than --learning-starts ({self.learning_starts})"
@@ -170,7 +172,7 @@ class Arguments:
         if self.initial_policy is not None:
             read_policy(self.initial_policy, self.env)
         with reported_as(InputError, f"--env-kwargs must be JSON in braces, not {self.env_kwargs}:"):
-            dict(**json.loads(self.env_kwargs or "{}"))
+            dict(**json.loads("{}" if self.env_kwargs is None else self.env_kwargs))
 
     def _require(self, condition: bool, name: str, expected: str) -> None:
         if not condition:
@@ -581,40 +583,57 @@ class CheckedEnvironment(gymnasium.Wrapper):
     """The one place where an environment's data enters: copied, converted to float32, checked. RunError names faults.
 
     Copied, since an environment may change the array that it has returned, or the action it was given. An exception of
-    its own code is shown with its traceback.
+    its own code is shown with its traceback; one of Gymnasium's wrappers only says that they were given other data.
     """
 
     def __init__(self, env: gymnasium.Env):
         super().__init__(env)
         self.name, self.low, self.high = env.spec.id, env.action_space.low, env.action_space.high
+        self.shape = env.observation_space.shape
 
     def reset(self, **options) -> tuple[np.ndarray, dict]:
         """Begin an episode; return its first observation [observations], and information."""
         observation, information = self._call(2, self.env.reset, **options)
-        return self._numbers("an observation", observation, self.observation_space.shape, np.float32), information
+        return self._numbers("an observation", observation, self.shape, np.float32), information
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
         """Act, by the action space's own type and bounds; return what Gymnasium's ``step`` does."""
-        if not np.isfinite(action).all():
+        if action.shape != self.low.shape:
+            raise RunError(f"{self.name} takes {len(self.low)} actions and the policy has {len(action)}")
+        if not math.isfinite(action.sum()):
             raise RunError("the policy's action is not finite (the networks have diverged)")
         action = np.minimum(np.maximum(action, self.low), self.high).astype(self.low.dtype, copy=False)
         observation, reward, terminated, truncated, information = self._call(5, self.env.step, action)
-        observation = self._numbers("an observation", observation, self.observation_space.shape, np.float32)
-        reward = float(self._numbers("a reward", reward, (), np.float64))
-        return observation, reward, bool(terminated), bool(truncated), information
+        observation = self._numbers("an observation", observation, self.shape, np.float32)
+        if not (isinstance(reward, float) and math.isfinite(reward)):
+            reward = float(self._numbers("a reward", reward, (), np.float64))
+        for end in (terminated, truncated):
+            if not isinstance(end, bool | np.bool_):
+                self._numbers("an end of the episode", end, (), np.float64)
+        return observation, float(reward), bool(terminated), bool(truncated), information
 
-    def _call(self, values: int, function: Callable, *arguments, **options) -> tuple:
+    def render(self):
+        """Return what the environment draws."""
+        return self._call(None, self.env.render)
+
+    def close(self) -> None:
+        """Close the environment; nothing is lost where its own code fails at that, which is shown."""
+        with suppress(RunError):
+            self._call(None, self.env.close)
+
+    def _call(self, values: int | None, function: Callable, *arguments, **options):
         try:
             returned = function(*arguments, **options)
         except Exception as error:  # an environment's own code can raise anything
-            traceback.print_exc()
+            if not re.search(r"gymnasium.(wrappers|spaces)", traceback.extract_tb(error.__traceback__)[-1].filename):
+                traceback.print_exc()
             raise RunError(f"{self.name} failed with {type(error).__name__}: {error}") from error
-        if not isinstance(returned, tuple) or len(returned) != values:
+        if values and (not isinstance(returned, tuple) or len(returned) != values):
             raise RunError(f"{self.name} returned {returned!s:.60} from {function.__name__}, not {values} values")
         return returned
 
     def _numbers(self, what: str, given, shape: tuple[int, ...], dtype: type) -> np.ndarray:
-        with suppress(TypeError, ValueError), np.errstate(over="ignore"):
+        with suppress(TypeError, ValueError, OverflowError), np.errstate(over="ignore"):
             numbers = np.array(given, dtype)
             if numbers.shape == shape and np.isfinite(numbers).all():
                 return numbers
@@ -631,23 +650,22 @@ def make_environment(name: str, arguments: str | None = None, **options) -> gymn
         if isinstance(env.observation_space, gymnasium.spaces.Dict | gymnasium.spaces.Tuple):
             env = gymnasium.wrappers.FlattenObservation(env)
     for kind, space in (("observations", env.observation_space), ("actions", env.action_space)):
-        if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1:
+        if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1 or space.shape == (0,):
             raise InputError(f"{name} has {kind} in {space}: needed is a vector of real numbers (a Box of one axis)")
     # Values of the square of a loss's square: beyond, float32 overflows within an update.
     widest = float(np.finfo(np.float32).max) ** 0.25
-    if not np.issubdtype(space.dtype, np.floating) or not max(abs(space.low).max(), abs(space.high).max()) < widest:
+    if not np.issubdtype(space.dtype, np.floating) or not abs(np.float64([space.low, space.high])).max() < widest:
         raise InputError(f"{name} has actions in {space}: needed are real numbers within bounds below {widest:.0e}")
-    if not isinstance(env.unwrapped.np_random, np.random.Generator | np.random.RandomState):
-        raise InputError(f"{name} draws from {type(env.unwrapped.np_random)}: needed is a random generator of numpy")
     return CheckedEnvironment(env)
 
 
 def random_state(env: gymnasium.Env) -> dict:
-    """Return the state of an environment's random generator, as JSON has it."""
+    """Return the state of an environment's random generator, as JSON has it. InputError where it is not numpy's."""
     generator = env.unwrapped.np_random
-    legacy = isinstance(generator, np.random.RandomState)
-    state = generator.get_state(legacy=False) if legacy else generator.bit_generator.state
-    return json.loads(json.dumps(state, default=np.ndarray.tolist))
+    with reported_as(InputError, f"{env.name} draws from {type(generator)}, not from a generator of numpy;", Exception):
+        legacy = isinstance(generator, np.random.RandomState)
+        state = generator.get_state(legacy=False) if legacy else generator.bit_generator.state
+        return json.loads(json.dumps(state, default=np.ndarray.tolist))
 
 
 def set_random_state(env: gymnasium.Env, state: dict) -> None:
@@ -772,6 +790,12 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
         return dict(stored)  # a damaged archive can raise anything
 
 
+def checksum(arrays: dict[str, np.ndarray]) -> int:
+    """Return the CRC-32 of arrays with their names, types and shapes."""
+    parts = ((f"{name} {array.dtype} {array.shape} ".encode(), array.tobytes()) for name, array in arrays.items())
+    return functools.reduce(lambda crc, part: zlib.crc32(part, crc), itertools.chain(*parts), 0)
+
+
 def save_policy(path: Path, actor: list[Layer], bounds: tuple, env: str) -> None:
     """Write a trained actor: for each layer a bit for each position, the connections' weights and the biases."""
     arrays = {"env": np.array(env), "low": bounds[0], "high": bounds[1]}
@@ -786,25 +810,23 @@ def read_policy(path: Path, env: str) -> tuple[list[Layer], Tensor, Tensor]:
     """Read the layers and bounds [actions] of a policy for ``env``. Raises InputError when it is none."""
     with reported_as(InputError, f"{path} is no policy that can be read:"):
         arrays, layers = read_arrays(path), []
+        if arrays["env"] != env:
+            raise InputError(f"{path} holds a policy for {arrays['env']}, not for {env}")
         low, high = arrays["low"], arrays["high"]
         for index in range(sum(name.endswith(".shape") for name in arrays)):
             shape, topology, connected, bias = (arrays[f"{index}.{n}"] for n in ("shape", "topology", "weight", "bias"))
             inputs, outputs = shape.tolist()
             mask = np.unpackbits(topology)[: inputs * outputs].reshape(inputs, outputs)
-            chained = not layers or layers[-1].bias.shape == (1, inputs)
-            if not chained or connected.shape != (mask.sum(),) or bias.shape != (1, outputs):
+            fits = (not layers or layers[-1].bias.shape == (1, inputs)) and bias.shape == (1, outputs)
+            if not fits or connected.shape != (mask.sum(),):
                 raise ValueError(f"layer {index + 1} does not fit its shape or the layer before")
+            if any(array.dtype != np.float32 for array in (connected, bias, low, high)):
+                raise ValueError("its numbers are not float32")
             weight = np.zeros(shape, np.float32)
             weight[mask == 1] = connected
             layers.append(Layer(*map(torch.from_numpy, (weight, mask, bias))))
         if not layers or not low.shape == high.shape == layers[-1].bias.shape[1:]:
             raise ValueError("its bounds are not those of its actions")
-        if {a.dtype for name, a in arrays.items() if name.endswith(("weight", "bias", "low", "high"))} != {
-            np.dtype("f4")
-        }:
-            raise ValueError("its numbers are not float32")
-        if arrays["env"] != env:
-            raise InputError(f"{path} holds a policy for {arrays['env']}, not for {env}")
         return layers, torch.from_numpy(low), torch.from_numpy(high)
 
 
@@ -813,7 +835,10 @@ def load_policy(path: Path, env: str) -> Callable[[np.ndarray], np.ndarray]:
     layers, low, high = read_policy(path, env)
 
     def act(observation) -> np.ndarray:
-        return policy(layers, torch.tensor(np.array(observation, np.float32))[None], low, high)[0].numpy()
+        x = torch.tensor(np.array(observation, np.float32))
+        if x.shape != layers[0].weight.shape[:1]:
+            raise InputError(f"{path} takes {len(layers[0].weight)} observations, not {tuple(x.shape)}")
+        return policy(layers, x[None], low, high)[0].numpy()
 
     return act
 
@@ -862,12 +887,8 @@ def run_name(args: Arguments) -> str:
                 value = ",".join(f"{key}={json.dumps(v)}" for key, v in json.loads(value).items()).replace("/", "-")
             value = ",".join(f"{v:g}" for v in value) if isinstance(value, tuple) else value
             name += f"_{field.replace('_', '-')}={value.stem if isinstance(value, Path) else value}"
-    # File systems take at most 255 bytes.
-    return (
-        name
-        if len(name.encode()) <= 200
-        else f"{name.encode()[:190].decode(errors='ignore')}_{zlib.crc32(name.encode()):x}"
-    )
+    encoded = os.fsencode(name)  # of which file systems take at most 255 bytes
+    return name if len(encoded) <= 200 else f"{encoded[:190].decode(errors='ignore')}_{zlib.crc32(encoded):x}"
 
 
 def run_directory(args: Arguments) -> Path:
@@ -912,8 +933,11 @@ class Run:
         self.costs, (actor, critic) = count_costs(self.env, args), network_sizes(self.env, args)
         networks = initial_layers(*actor, self.rng), initial_layers(*critic, self.rng, networks=(2,))
         capacity = min(args.buffer_size, args.total_timesteps)
-        self.buffer = ReplayBuffer(capacity, *self.env.observation_space.shape, *self.env.action_space.shape)
+        observations = self.env.observation_space.shape[0]
+        self.buffer = ReplayBuffer(capacity, observations, *self.env.action_space.shape)
         self.initial_policy = load_policy(args.initial_policy, args.env) if args.initial_policy else None
+        if self.initial_policy and self.initial_policy(np.zeros(observations)).shape != self.bounds[0].shape:
+            raise InputError(f"{args.initial_policy} does not have the {len(self.bounds[0])} actions of {args.env}")
         self.agent = args.make_agent(*networks, self.bounds)  # last: this may compile for some seconds
         self.initial_layers = [network.layer_arrays() for network in self.agent.networks.values()]
         self.step, self.saved_step = 0, 0
@@ -989,7 +1013,8 @@ class Run:
         state |= {"rng": self.rng.bit_generator.state, "episode_rng": self.episode_rng}
         state |= {"tables": self.tables, "seconds": self.seconds}
         with replaced(self.checkpoint) as file:
-            np.savez(file, state=np.array(json.dumps(state)), observation=self.observation, **self.agent.state_dict())
+            arrays = {"state": np.array(json.dumps(state)), "observation": self.observation, **self.agent.state_dict()}
+            np.savez(file, **arrays, checksum=checksum(arrays))
         self.saved_step = self.step
 
     def load(self) -> None:
@@ -998,6 +1023,8 @@ class Run:
             return
         with reported_as(InputError, f"{self.checkpoint} cannot be resumed; move its folder away to begin anew;"):
             arrays = read_arrays(self.checkpoint)
+            if arrays.pop("checksum") != checksum(arrays):
+                raise ValueError("its checksum is not that of its content")
             state = json.loads(str(arrays["state"]))
             if state["arguments"] != arguments_to_store(self.args):
                 raise ValueError("it belongs to another run")
@@ -1007,7 +1034,7 @@ class Run:
             set_random_state(self.env, state["episode_rng"])
             self.tables, self.seconds, self.step = state["tables"], state["seconds"], state["step"]
         self.saved_step = self.step
-        with suppress(OSError):
+        with suppress(OSError, ValueError):
             lines = (self.directory / "evaluations.csv").read_text().splitlines()[1:]
             self.made_before = {line.partition(",")[0]: line for line in lines}
         self.begin_episode()
@@ -1020,8 +1047,10 @@ class Run:
         path, now = self.directory / "config.json", provenance()
         if not path.exists():
             write_json(path, {"id": os.urandom(4).hex(), "arguments": arguments_to_store(self.args), **now})
-        config = json.loads(path.read_text())
-        last = [config, *config.get("resumed", [])][-1]
+        with reported_as(InputError, f"{path} is damaged: move its folder away, or choose a --results-dir;"):
+            config = json.loads(path.read_text())
+            notes = [dict(**entry) for key in ("evaluated_otherwise", "resumed") for entry in config.get(key, [])]
+        last = notes[-1] if config.get("resumed") else config
         if any(now[key] != last.get(key) for key in now):
             self.note("resumed", "another commit, other versions or another machine go on with the run", now)
 
@@ -1086,21 +1115,31 @@ class Progress:
             from torch.utils.tensorboard import SummaryWriter
 
             self.writer = closing.enter_context(SummaryWriter(directory / "tensorboard", purge_step=run.step + 1))
-        print(f"{name}, {args.engine} engine on {args.device}: step {run.step:,} of {total:,}")
+        masks = [mask for layers in run.initial_layers for _, mask, _ in layers[:-1]]
+        hidden = 1 - sum(mask.sum() for mask in masks) / sum(mask.size for mask in masks)
+        sparsity = f"sparsity {hidden:.2f} of the hidden layers ({run.costs['sparsity']:.2f} of all)"
+        print(f"{name}, {sparsity}, {args.engine} engine on {args.device}: step {run.step:,} of {total:,}")
         if isinstance(run.env.env, gymnasium.wrappers.FlattenObservation):
             print(f"observations of {args.env} are flattened to {run.env.observation_space.shape[0]} numbers")
         if run.env.spec.max_episode_steps is None:
             print(f"{args.env} has no time limit: an episode, and so an evaluation, ends only where it says so itself")
-        bar = tqdm(total=total, initial=run.step, unit=" steps", unit_scale=True, leave=False, disable=None)
-        self.bar = closing.enter_context(bar)
+        self.bar = self._bar()
+        closing.callback(lambda: self.bar.close())
         self.shown, self.shown_at = run.step, time.perf_counter()  # at the last line
 
+    def _bar(self) -> tqdm:
+        """Return a bar from this step on. Before the first update steps are far faster: they tell no time left."""
+        step, args = self.run.step, self.run.args
+        looks = None if step >= args.learning_starts else "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}]"
+        options = {"unit": " steps", "unit_scale": True, "leave": False, "disable": None, "bar_format": looks}
+        return tqdm(total=args.total_timesteps, initial=step, **options)
+
     def advanced(self) -> None:
-        """Show one more step; time is counted anew from the first update, since steps before it are far faster."""
+        """Show one more step."""
         self.bar.update()
         if self.run.step == self.run.args.learning_starts:
-            self.bar.reset(self.bar.total)
-            self.bar.initial = self.bar.n = self.run.step
+            self.bar.close()
+            self.bar = self._bar()
 
     def evaluated(self, row: dict) -> None:
         """Show and log an evaluation's row of the table, and log the losses of the last update."""
@@ -1137,6 +1176,9 @@ def train(args: Arguments) -> int:
         for redirect, stream in ((redirect_stdout, sys.stdout), (redirect_stderr, sys.stderr)):
             closing.enter_context(redirect(Output(stream, stopped)))
         with reported_as(InputError, f"cannot use {run.directory}:", OSError):
+            for folder in (run.directory, *run.directory.parents):
+                if folder.is_symlink() and not folder.exists():
+                    raise FileNotFoundError(f"{folder} is a link to {folder.readlink()}, which does not exist")
             run.directory.mkdir(parents=True, exist_ok=True)
             lock = closing.enter_context(open(run.directory / "lock", "w"))
         with reported_as(InputError, f"another process is training in {run.directory}:", OSError):
@@ -1178,6 +1220,9 @@ def command_line(program: Callable[[str], int | None]) -> int:
         return program(name) or 0
     except KeyboardInterrupt:  # where training has not begun
         return 128 + signal.SIGINT
+    except BrokenPipeError:  # a reader that has gone away, such as head, wants no more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except (InputError, RunError) as error:
         print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1

@@ -31,6 +31,13 @@ class Engine:
         for function, arguments in self._calls(rows[0], (rows, indices), rows):
             function.compile(tuple(map(numba.typeof, arguments)))
 
+    def _observation(self, observation: np.ndarray) -> np.ndarray:
+        """Return one observation as the kernels take it, which read as many numbers as the actor has inputs."""
+        converted, inputs = np.array(observation, self.dtype), self.actor.blocks[0].inputs
+        if converted.shape != (inputs,):
+            raise ValueError(f"an observation has shape {converted.shape}, not ({inputs},)")
+        return converted
+
     def _make_room(self, batch_size: int) -> None:
         self._activations = tuple(activations(network.arrays, batch_size) for network in (self.actor, self.critics))
 

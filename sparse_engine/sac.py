@@ -13,7 +13,7 @@ class SparseSACEngine(Engine):
 
     def outputs(self, observation: np.ndarray) -> np.ndarray:
         """Return the means and logarithmic deviations [2 * actions] for one observation [observations]."""
-        return outputs_for_one(self.actor.arrays, np.array(observation, self.dtype))
+        return outputs_for_one(self.actor.arrays, self._observation(observation))
 
     def update_critics(self, buffer, indices: np.ndarray, noise: np.ndarray, temperature: float) -> dict[str, float]:
         """Fit all critics to the smallest target value and entropy; return their loss and mean value.

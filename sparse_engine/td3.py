@@ -21,7 +21,7 @@ class SparseEngine(Engine):
 
     def act(self, observation: np.ndarray) -> np.ndarray:
         """Return the deterministic action [actions] for one observation [observations]."""
-        return act(self.actor.arrays, np.array(observation, self.dtype), self.settings.low, self.settings.high)
+        return act(self.actor.arrays, self._observation(observation), self.settings.low, self.settings.high)
 
     def update_critics(self, buffer, indices: np.ndarray, noise: np.ndarray) -> dict[str, float]:
         """Fit all critics to the smallest target value; return their loss and mean value.

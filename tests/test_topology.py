@@ -218,6 +218,10 @@ def test_the_papers_connections_and_flops(changes, connections, flops):
 
 def test_the_learning_curve_area_is_the_papers_and_no_matter_of_the_interval():
     returns = [float(step) for step in range(0, 1_000_001, 5000)]
-    area = dst_td3.learning_curve_area(returns, 5000, 1_000_000)
-    assert area == sum(returns) / 1e6
-    assert dst_td3.learning_curve_area(returns[::2], 10_000, 1_000_000) == pytest.approx(area, rel=0.01)
+    evaluations = [{"step": int(step), "return_mean": step} for step in returns]
+    area = dst_td3.learning_curve_area(evaluations, 1_000_000)
+    assert area == pytest.approx(sum(returns) / 1e6, rel=1e-12)
+    assert dst_td3.learning_curve_area(evaluations[::2], 1_000_000) == pytest.approx(area, rel=0.01)
+    # A run of 1,400 steps, evaluated every 1,000: its last evaluation counts for 400.
+    short = [{"step": step, "return_mean": value} for step, value in ((0, 1.0), (1000, 10.0), (1400, 100.0))]
+    assert dst_td3.learning_curve_area(short, 1400) == pytest.approx((1 * 1000 + 10 * 1000 + 100 * 400) / 5000 / 1400)
