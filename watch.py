@@ -23,7 +23,16 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from dst_td3 import InputError, RunError, command_line, evaluate, load_policy, make_environment, replaced
+from dst_td3 import (
+    InputError,
+    RunError,
+    command_line,
+    evaluate,
+    load_policy,
+    make_environment,
+    replaced,
+    reported_as,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,17 +52,19 @@ class FinishedRun(NamedTuple):
 
     policy: Path
     env: str
+    env_kwargs: str | None
     evaluation_seed: int
     threads: int
 
 
 def finished_run(directory: Path) -> FinishedRun:
     """Read how to play the policy in a run's directory. Raises InputError where no finished run is."""
-    try:
+    with reported_as(InputError, f"{directory} is not the directory of a run:"):
         trained = json.loads((directory / "config.json").read_text())["arguments"]
-        run = FinishedRun(directory / "policy.npz", trained["env"], trained["seed"] + 100, int(trained["threads"]))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{directory} is not the directory of a run: {error}") from error
+        env, seed, threads = (trained[name] for name in ("env", "seed", "threads"))
+        if not (isinstance(seed, int) and seed >= 0 and isinstance(threads, int) and 0 < threads <= 4096):
+            raise ValueError(f"its config.json has seed {seed!s:.60} and threads {threads!s:.60}")
+        run = FinishedRun(directory / "policy.npz", env, trained.get("env_kwargs"), seed + 100, threads)
     if not run.policy.exists():
         raise InputError(f"{directory} has no policy.npz: a run writes it when it is finished")
     return run
@@ -87,13 +98,21 @@ def extend_floor(model) -> None:
     model.mat_texrepeat[materials[materials >= 0]] *= 50
 
 
+def draw(env: gymnasium.Env) -> np.ndarray:
+    """Return a picture [rows, columns, 3] of the state. Raises RunError where what the environment draws is none."""
+    picture = env.render()
+    if not isinstance(picture, np.ndarray) or picture.ndim != 3:
+        raise RunError(f"render of {env.spec.id} returned {picture!s:.60}, which is no picture")
+    return picture
+
+
 @contextmanager
-def viewer(name: str) -> Iterator[gymnasium.Env]:
+def viewer(name: str, arguments: str | None = None) -> Iterator[gymnasium.Env]:
     """Yield an environment that MuJoCo's viewer shows in real time, where there is a screen, until its window closes.
 
     Raises InputError for an environment without MuJoCo.
     """
-    with closing(make_environment(name)) as env:
+    with closing(make_environment(name, arguments)) as env:
         import glfw
         import mujoco.viewer
 
@@ -123,17 +142,17 @@ def viewer(name: str) -> Iterator[gymnasium.Env]:
             yield ShownEnvironment(env, show)
 
 
-def make_drawn_environment(name: str) -> gymnasium.Env:
+def make_drawn_environment(name: str, arguments: str | None) -> gymnasium.Env:
     """Make an environment that draws pictures without a screen. Raises InputError where that cannot be."""
     os.environ.setdefault("MUJOCO_GL", "egl")
     try:
-        env = make_environment(name, render_mode="rgb_array")
+        env = make_environment(name, arguments, render_mode="rgb_array")
         if hasattr(env.unwrapped, "mujoco_renderer"):
             extend_floor(env.unwrapped.model)
             # The model's own camera follows the robot; the one that gymnasium takes stays behind.
             env.unwrapped.mujoco_renderer.camera_id = min(0, env.unwrapped.model.ncam - 1)
         env.reset()
-        env.render()
+        draw(env.env)  # not by way of what shows a traceback: missing libraries are no fault of the environment
     except Exception as error:  # graphics libraries can raise anything
         cause = error.__cause__ or error
         reason = " ".join(str(cause).split()) or type(cause).__name__
@@ -144,7 +163,7 @@ def make_drawn_environment(name: str) -> gymnasium.Env:
 
 
 @contextmanager
-def video(name: str, path: Path) -> Iterator[gymnasium.Env]:
+def video(name: str, arguments: str | None, path: Path) -> Iterator[gymnasium.Env]:
     """Yield an environment that is drawn into the video at ``path``, which appears when all is done.
 
     Raises InputError when ``path`` is neither .mp4 nor .gif or cannot be written, or nothing can be drawn.
@@ -159,20 +178,23 @@ def video(name: str, path: Path) -> Iterator[gymnasium.Env]:
             file = stack.enter_context(replaced(path))
         except RunError as error:  # nothing has been played yet, and another file will do
             raise InputError(str(error)) from error
-        env = stack.enter_context(closing(make_drawn_environment(name)))
+        env = stack.enter_context(closing(make_drawn_environment(name, arguments)))
         # About 25 pictures a second, which every player keeps up with; Hopper has 125 steps a second.
         states_a_second = env.metadata.get("render_fps", 30)
         every = max(1, round(states_a_second / 25))
         rate = states_a_second / every
         # A .gif stores each picture by itself, so it gets every second pixel of every second row.
         pixel, timing = (2, {"duration": 1000 / rate, "loop": 0}) if suffix == ".gif" else (1, {"fps": rate})
-        writer = stack.enter_context(imageio.v2.get_writer(file.name, **timing))
+        # A writer leaves itself open after an error, and its process would make the file anew that has been removed.
+        writer = stack.enter_context(closing(imageio.v2.get_writer(file.name, **timing)))
         bar = stack.enter_context(tqdm(unit=" steps", leave=False, disable=None))
         states = itertools.count()
 
         def show() -> None:
             if next(states) % every == 0:
-                writer.append_data(env.render()[::pixel, ::pixel])
+                picture = draw(env)[::pixel, ::pixel]
+                with reported_as(RunError, f"{name} has drawn what cannot be added to the video:", Exception):
+                    writer.append_data(picture)
             bar.update()
 
         yield ShownEnvironment(env, show)
@@ -185,7 +207,8 @@ def watch(args: Arguments) -> None:
     run = finished_run(args.run_directory)
     torch.set_num_threads(run.threads)  # as another number would round otherwise
     act, returns = load_policy(run.policy, run.env), []
-    with video(run.env, args.video) if args.video else viewer(run.env) as env:
+    environment = run.env, run.env_kwargs
+    with video(*environment, args.video) if args.video else viewer(*environment) as env:
         for total, length in evaluate(act, env, args.episodes, run.evaluation_seed):
             returns.append(total)
             tqdm.write(f"episode {len(returns):>3}  return {total:9.1f}  {length:,} steps")

@@ -1,5 +1,6 @@
 """Watching trained agents: their returns, the videos, and what cannot be shown."""
 
+import json
 import os
 import shutil
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 
 import glfw
+import gymnasium
 import imageio.v3
 import numpy as np
 import pytest
@@ -152,14 +154,17 @@ def test_missing_graphics_are_said(watch_here, stand, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_an_environment_that_fails_is_said_in_one_line(watch_here, stand, monkeypatch):
+def test_an_environment_that_fails_is_said_in_one_line_after_its_traceback(watch_here, stand, monkeypatch):
     def fail(self, action):
         raise ValueError("of two\nlines")
 
     monkeypatch.setattr(glfw, "init", lambda: False)
     monkeypatch.setattr(HopperEnv, "step", fail)
     code, _, error = watch_here(stand)
-    assert (code, error) == (1, "watch.py: error: Hopper-v4 failed with ValueError: of two lines\n")
+    assert code == 1 and error.startswith("Traceback")
+    assert error.endswith(
+        "\nValueError: of two\nlines\nwatch.py: error: Hopper-v4 failed with ValueError: of two lines\n"
+    )
 
 
 @pytest.mark.parametrize("further", [(), ("--video", "agent.gif")])
@@ -188,3 +193,127 @@ def test_the_viewer_is_for_mujoco(monkeypatch):
     monkeypatch.setattr(glfw, "init", lambda: True)
     with pytest.raises(dst_td3.InputError, match="not simulated by MuJoCo"), watch.viewer("Pendulum-v1"):
         pass
+
+
+class Drawn(gymnasium.Env):
+    """Five steps to an episode, of pictures, or of what it is told to draw after some of them; it may fail to close."""
+
+    observation_space, action_space = gymnasium.spaces.Box(-1, 1, (3,)), gymnasium.spaces.Box(-1, 1, (2,))
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 25}  # noqa: RUF012, as Gymnasium has it
+    later, closes = "picture", True
+
+    def __init__(self, size: int = 32, render_mode: str | None = None):
+        self.size, self.render_mode, self.drawn = size, render_mode, 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        return np.zeros(3, np.float32), {}
+
+    def step(self, action):
+        self.steps += 1
+        return np.zeros(3, np.float32), 1.0, self.steps == 5, False, {}
+
+    def render(self):
+        self.drawn += 1
+        if self.later == "failure" and self.drawn > 3:
+            raise RuntimeError("the window is gone")
+        picture = np.full((self.size, self.size, 3), self.drawn, np.uint8)
+        others = {"none at all": None, "none": None, "smaller": picture[:16], "flat": picture[0]}
+        return others.get(self.later, picture) if self.drawn > 3 or self.later == "none at all" else picture
+
+    def close(self):
+        if not self.closes:
+            raise OSError("already closed")
+
+
+gymnasium.register("Drawn-v0", entry_point=Drawn)
+
+
+@pytest.fixture
+def drawn(tmp_path):
+    """Return a function that makes what a finished run of that environment leaves, with further entries."""
+
+    def make(**further: object):
+        folder = tmp_path / "run"
+        folder.mkdir()
+        layers = dst_td3.initial_layers([3, 4, 2], [12, 8], np.random.default_rng(0))
+        bounds = np.full(2, -1, np.float32), np.full(2, 1, np.float32)
+        dst_td3.save_policy(folder / "policy.npz", layers, bounds, "Drawn-v0")
+        arguments = {"env": "Drawn-v0", "seed": 0, "threads": 1} | further
+        (folder / "config.json").write_text(json.dumps({"arguments": arguments}))
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("later", "code", "expected"),
+    [
+        ("none at all", 2, "cannot draw Drawn-v0: render of Drawn-v0 returned None, which is no picture"),
+        ("none", 1, "render of Drawn-v0 returned None, which is no picture"),
+        ("flat", 1, "render of Drawn-v0 returned [[4 4 4]"),
+        ("smaller", 1, "Drawn-v0 has drawn what cannot be added to the video: ValueError: All images in a movie"),
+        ("failure", 1, "Drawn-v0 failed with RuntimeError: the window is gone"),
+    ],
+)
+@pytest.mark.parametrize("closes", [True, False])
+def test_what_is_no_picture_is_said_and_leaves_the_old_video(
+    watch_here, drawn, tmp_path, monkeypatch, later, code, expected, closes
+):
+    monkeypatch.setattr(Drawn, "later", later)
+    monkeypatch.setattr(Drawn, "closes", closes)
+    video = tmp_path / "agent.mp4"
+    video.write_bytes(b"old")
+    answer, _, error = watch_here(drawn(), "--video", video, "--episodes", 1)
+    *traceback, line = error.splitlines()
+    assert answer == code and line.startswith("watch.py: error: ") and expected in line
+    assert bool(traceback) == (later == "failure" or (later != "none at all" and not closes))
+    assert sorted(os.listdir(tmp_path)) == ["agent.mp4", "run"] and video.read_bytes() == b"old"
+
+
+def test_an_environment_that_fails_to_close_leaves_the_video(watch_here, drawn, tmp_path, monkeypatch):
+    monkeypatch.setattr(Drawn, "closes", False)
+    code, output, error = watch_here(drawn(), "--video", tmp_path / "agent.gif", "--episodes", 1)
+    assert code == 0 and output.splitlines()[-1] == f"video: {tmp_path / 'agent.gif'}"
+    assert error.startswith("Traceback") and error.endswith("OSError: already closed\n")
+    assert len(imageio.v3.imread(tmp_path / "agent.gif")) == 6
+
+
+def test_a_run_is_watched_in_its_own_environment(watch_here, drawn, tmp_path):
+    run = drawn(env_kwargs='{"size": 64}')
+    assert watch_here(run, "--video", tmp_path / "agent.gif", "--episodes", 1)[0] == 0
+    assert imageio.v3.imread(tmp_path / "agent.gif").shape[1:3] == (32, 32)  # a .gif has every second pixel
+
+
+@pytest.mark.parametrize(
+    "further",
+    [
+        {"threads": 0},
+        {"threads": 10**9},
+        {"threads": "1"},
+        {"threads": None},
+        {"seed": -1},
+        {"seed": "x"},
+        {"seed": []},
+    ],
+)
+def test_a_damaged_configuration_is_said_in_one_line(watch_here, drawn, further):
+    run = drawn(**further)
+    for config in (None, "null", "[]", "3", '{"arguments": []}', '{"arguments": null}', "{", '"arguments"'):
+        if config is not None:
+            (run / "config.json").write_text(config)
+        code, output, error = watch_here(run)
+        assert (code, output) == (2, "") and error.count("\n") == 1
+        assert error.startswith(f"watch.py: error: {run} is not the directory of a run: ")
+
+
+def test_a_policy_that_does_not_fit_is_said_in_one_line(watch_here, drawn, monkeypatch):
+    monkeypatch.setattr(glfw, "init", lambda: False)
+    run = drawn()
+    for widths, expected in (([4, 4, 2], "takes 4 observations, not (3,)"), ([3, 4, 1], "Drawn-v0 takes 2 actions")):
+        layers = dst_td3.initial_layers(widths, [widths[0] * 4, 4 * widths[2]], np.random.default_rng(0))
+        bounds = np.full(widths[2], -1, np.float32), np.full(widths[2], 1, np.float32)
+        dst_td3.save_policy(run / "policy.npz", layers, bounds, "Drawn-v0")
+        code, _, error = watch_here(run)
+        assert code == (2 if widths[0] == 4 else 1) and expected in error and error.count("\n") == 1
