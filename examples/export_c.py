@@ -38,6 +38,7 @@ class Policy(NamedTuple):
     """A trained policy: its environment, the run's evaluation seed, its layers (numpy), the actions' bounds."""
 
     env: str
+    env_kwargs: str | None
     seed: int
     layers: list[Layer]
     low: np.ndarray
@@ -51,12 +52,12 @@ def read_run(run_directory: Path) -> Policy:
     layers = [Layer(*(tensor.numpy() for tensor in layer)) for layer in layers]
     if not all(np.isfinite(array).all() for layer in layers for array in layer):
         raise InputError(f"{run.policy} has weights that are not finite: its networks had diverged")
-    return Policy(run.env, run.evaluation_seed, layers, low.numpy(), high.numpy())
+    return Policy(run.env, run.env_kwargs, run.evaluation_seed, layers, low.numpy(), high.numpy())
 
 
 def require_fit(trained: Policy) -> None:
     """Raise InputError where the policy's layers do not fit each other or its environment."""
-    env = make_environment(trained.env)
+    env = make_environment(trained.env, trained.env_kwargs)
     sizes = (env.observation_space.shape, env.action_space.shape)
     env.close()
     shapes = [layer.weight.shape for layer in trained.layers]
@@ -90,7 +91,7 @@ def exact_policy(trained: Policy, weights: str) -> Callable[[np.ndarray], np.nda
 
 def observe(trained: Policy, count: int) -> np.ndarray:
     """Play the policy from its run's first evaluation on; return ``count`` float32 observations, the first ones."""
-    env, act, observations = make_environment(trained.env), exact_policy(trained, "float32"), []
+    env, act, observations = make_environment(trained.env, trained.env_kwargs), exact_policy(trained, "float32"), []
     observation, _ = env.reset(seed=trained.seed)
     while len(observations) < count:
         observations.append(observation.astype(np.float32))
@@ -202,7 +203,7 @@ static inline int policy_check(void)
         policy_act(policy_check_observation[check], action);
         for (int n = 0; n < POLICY_ACTIONS; n++) {{
             const float off = action[n] - policy_check_action[check][n];
-            const float allowed = 1e-4f * policy_half_range[n];
+            const float allowed = 1e-4f * (policy_high[n] - policy_low[n]) / 2.0f;
             wrong += !(off >= -allowed && off <= allowed);
         }}
     }}
@@ -237,15 +238,18 @@ def c_header(trained: Policy, weights: str) -> str:
 #define POLICY_OBSERVATIONS {shapes[0][0]}
 #define POLICY_ACTIONS {shapes[-1][1]}
 
-{c_array("float", "policy_half_range", (trained.high - trained.low) / 2)}\
-{c_array("float", "policy_middle", (trained.high + trained.low) / 2)}\
+{c_array("float", "policy_low", trained.low)}\
+{c_array("float", "policy_high", trained.high)}\
 {dots}{layers}
 static inline void policy_act(const float observation[POLICY_OBSERVATIONS], float action[POLICY_ACTIONS])
 {{
 {buffers}
 {calls}
-    for (int n = 0; n < POLICY_ACTIONS; n++)
-        action[n] = tanhf(action[n]) * policy_half_range[n] + policy_middle[n];
+    for (int n = 0; n < POLICY_ACTIONS; n++) {{
+        const float low = policy_low[n], high = policy_high[n];
+        const float scaled = tanhf(action[n]) * (high - low) / 2.0f + (high + low) / 2.0f;
+        action[n] = scaled < low ? low : scaled > high ? high : scaled; /* rounding alone could leave the bounds */
+    }}
 }}
 {c_check(trained, weights)}
 #endif

@@ -134,6 +134,40 @@ def test_bounds_and_any_number_of_layers(tmp_path):
 
 
 @needs_gcc
+def test_actions_are_clipped_as_python_clips_them(tmp_path, monkeypatch):
+    """To the last bit, where the tanh is 1 or -1; rounding alone would leave a third of these bounds."""
+    rng, actions = np.random.default_rng(0), 400
+    run = untrained_run(tmp_path / "run", "Pendulum-v1", (3, 4, actions), 0.5)
+    low = rng.uniform(-1, 1, actions).astype(np.float32)
+    high = (low + rng.uniform(0.1, 2, actions)).astype(np.float32)
+    policy = export_c.read_run(run)._replace(low=low, high=high)
+    signs = rng.choice([-1, 1], actions).astype(np.float32)
+    monkeypatch.setattr(export_c, "c_check", lambda *_: "")  # which plays the environment
+    policy.layers[-1] = policy.layers[-1]._replace(bias=50 * signs[None])
+    measure_c.write_ours(tmp_path, policy, "float32")
+    observation = np.float32([0.5, -0.5, 1])
+    layers = [dst_td3.Layer(*map(torch.from_numpy, layer)) for layer in policy.layers]
+    expected = dst_td3.policy(layers, *map(torch.from_numpy, (observation[None], low, high)))[0].numpy()
+    given = np.array(measure_c.compiled_act(tmp_path, actions)(observation), np.float32)
+    np.testing.assert_array_equal(given, expected)
+    unclipped = signs * (high - low) / 2 + (high + low) / 2
+    assert ((unclipped < low) | (unclipped > high)).sum() > 20
+
+
+def test_a_run_is_exported_in_its_own_environment(tmp_path, monkeypatch, capsys):
+    run = untrained_run(tmp_path / "run", "Hopper-v4", (12, 8, 3), 0.5)  # with its position along the way
+    arguments = {"env": "Hopper-v4", "seed": 0, "threads": 1}
+    monkeypatch.setattr(sys, "argv", ["export_c.py", str(run), "--output", str(tmp_path / "policy.h")])
+    for kwargs, code in (({}, 2), ({"env_kwargs": '{"exclude_current_positions_from_observation": false}'}, 0)):
+        (run / "config.json").write_text(json.dumps({"arguments": arguments | kwargs}))
+        assert export_c.main() == code, capsys.readouterr().err
+    for damage in ({"threads": 0}, {"threads": "x"}, {"seed": -1}, {"env_kwargs": "{"}, {"env_kwargs": [1]}):
+        (run / "config.json").write_text(json.dumps({"arguments": arguments | damage}))
+        capsys.readouterr()
+        assert export_c.main() == 2 and capsys.readouterr().err.count("\n") == 1
+
+
+@needs_gcc
 @pytest.mark.parametrize("weights", ["float32", "int8"])
 def test_the_check_finds_a_wrong_weight(tmp_path, capsys, monkeypatch, weights):
     run, header = untrained_run(tmp_path / "run"), tmp_path / "policy.h"
