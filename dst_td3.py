@@ -10,7 +10,7 @@ pieces to TD3, and each is one function here:
 4. ``prune_target``          target networks that stay as sparse as the networks they follow.
 
 Whoever only wants the paper reads from "Sparse topology" to "TD3". An agent computes with an engine: ``MaskedEngine``
-multiplies dense matrices by 0/1 masks, as the paper does; the package ``sparse_engine`` stores connections alone.
+keeps dense matrices whose masks hold the missing weights at zero; the package ``sparse_engine`` has connections alone.
 """
 
 import dataclasses
@@ -89,7 +89,7 @@ class Arguments:
     eval_episodes: int = 10  # noise-free episodes in an evaluation
     checkpoint_interval: int = 10_000  # steps between two checkpoints; a stopped run also writes one
     engine: Literal["auto", "masked", "sparse"] = "auto"
-    """masked: matrices times 0/1 masks in torch; sparse: connections alone (CPU); auto: sparse wherever it can"""
+    """masked: dense matrices and 0/1 masks in torch; sparse: connections alone (CPU); auto: sparse wherever it can"""
     device: Literal["cpu", "cuda"] = "cpu"  # cuda is for the masked engine
     threads: int = 1  # CPU threads of torch
     snapshot_at: tuple[int, ...] = ()  # steps at which the policy so far is also kept, as policy-STEP.npz
@@ -98,13 +98,9 @@ class Arguments:
     track: bool = False  # also log to Weights & Biases
     describe: bool = False  # print layers, connections, FLOPs and bytes, then leave without training
 
-    # Options of programs that build on this one, which names them where they are given here.
-    MOVED: ClassVar = {"--dense-moments": "dense_moments.py"} | dict.fromkeys(
-        ("--drop-by", "--recycle-dormant", "--step-exponent"), "high_sparsity.py"
-    )
     # How a run is stored and shown; none of these changes a number that it computes.
     PRESENTATION: ClassVar = ("results_dir", "checkpoint_interval", "snapshot_at", "tensorboard", "track", "describe")
-    OUTPUTS_PER_ACTION: ClassVar = 1  # of the actor; another algorithm sets anew this and what follows
+    OUTPUTS_PER_ACTION: ClassVar = 1  # of the actor; another algorithm overrides this and the next
     # The paper's lambda for its two hidden layers of 256. Ant-v4 observes 27 numbers where the paper's Ant-v3 had 111:
     # 40 would be more than a full layer, and 12.6 keeps the paper's density of the actor's first layer (0.52).
     PAPER_LAMBDA: ClassVar = {
@@ -128,7 +124,7 @@ class Arguments:
         return TD3(self.make_engine(actor, critics, bounds, MaskedEngine), bounds, self)
 
     def make_engine(self, actor: "list[Layer]", critics: "list[Layer]", bounds: tuple, masked: "type[MaskedEngine]"):
-        """Return the engine that was asked for, where it is the masked one of the class ``masked``."""
+        """Return the requested engine; ``masked`` is the class to use for the masked one."""
         if self.engine == "masked":
             return masked(actor, critics, bounds, self)
         from sparse_engine.td3 import SparseEngine
@@ -190,7 +186,7 @@ def count_connections(widths: list[int], sparsity: float | None = None, er_lambd
     The paper gives layer l between n_{l-1} and n_l units ``lambda_l * (n_l + n_{l-1})`` connections in expectation,
     each with its own coin; here the count itself is fixed, so that two seeds train networks of the same size.
     ``sparsity`` instead solves for one lambda, shared by the sparse layers, that leaves them together ``1 - sparsity``
-    of their connections, no layer above full. The output layer is dense, and so are all where neither is given.
+    of their connections, no layer above full. The output layer is dense; with neither argument, every layer is.
     Raises InputError when a layer would have no connection.
     """
     shapes = np.array(list(itertools.pairwise(widths[:-1])), dtype=float)  # of the sparse layers: [layers, 2]
@@ -232,15 +228,16 @@ def drop_and_grow(
 ) -> tuple[Tensor, Tensor]:
     """Choose which connections of a layer go and where new ones come: piece 3, the adaptation (the SET rule).
 
-    Drops the fraction ``drop_fraction`` (eta) of the connections with a positive score, zero among them, and of those
-    with a negative one, those nearest to zero, of equals the first; the paper's scores are the weights. Then grows as
-    many among the positions that hold none, those just dropped included: uniformly, or those of the largest
-    ``growth_scores``. A full layer has nowhere else to grow and stays as it is. Takes scores and mask [..., inputs,
-    outputs] and returns two masks of that shape: connections that were kept and grown, together as many as before.
+    Drops the fraction ``drop_fraction`` (eta) of the connections with a positive score, zero among them, and the same
+    fraction of those with a negative one: the smallest magnitudes, of equals the first. The paper's scores are the
+    weights; scores without a sign make one group of all. Then grows as many among the positions that hold none, those
+    just dropped included: uniformly, or those of the largest ``growth_scores``. A full layer has nowhere else to grow
+    and stays as it is. Takes scores and mask [..., inputs, outputs] and returns two masks of that shape: connections
+    that were kept and grown, together as many as before.
     """
     flat = (-1, mask.shape[-2] * mask.shape[-1])
     kept, grown = mask.clone(), torch.zeros_like(mask)
-    for n, (score, k, g) in enumerate(zip(drop_scores.view(flat), kept.view(flat), grown.view(flat), strict=True)):
+    for n, (score, k, g) in enumerate(zip(drop_scores.reshape(flat), kept.view(flat), grown.view(flat), strict=True)):
         connected = k.nonzero().squeeze(-1)
         if len(connected) == len(k):
             continue
@@ -252,16 +249,19 @@ def drop_and_grow(
         if growth_scores is None:
             chosen = torch.from_numpy(rng.choice(len(empty), dropped, replace=False)).to(empty.device)
         else:
-            chosen = growth_scores.view(flat)[n, empty].argsort(descending=True, stable=True)[:dropped]
+            chosen = growth_scores.reshape(flat)[n, empty].argsort(descending=True, stable=True)[:dropped]
         g[empty[chosen]] = 1
     return kept, grown
 
 
 def target_support(target: Tensor, mask: Tensor) -> Tensor:
-    """List flat positions [..., positions] possibly non-zero in a target until ``mask`` changes: 3x faster to prune."""
+    """List the flat positions [..., positions] where a target can be non-zero until ``mask`` changes.
+
+    Pruning these alone is three times faster than pruning the whole matrix.
+    """
     reachable = ((target != 0) | (mask != 0)).flatten(-2)
     order = reachable.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
-    return order[..., : int(reachable.sum(-1).max())].contiguous()  # where stacked networks differ, some stay zero
+    return order[..., : int(reachable.sum(-1).max())].contiguous()  # shorter lists end in positions that stay zero
 
 
 def prune_target(target: Tensor, support: Tensor, connections: int) -> None:
@@ -313,7 +313,7 @@ def forward(layers: list[Layer], x: Tensor) -> Tensor:
 
 
 def unscale_action(action, low, high):
-    """Stretch actions in [-1, 1], an array or a tensor, to their bounds, which rounding alone could leave."""
+    """Stretch actions in [-1, 1], an array or a tensor, to their bounds; clip, since rounding can overshoot."""
     return (action * (high - low) / 2 + (high + low) / 2).clip(low, high)
 
 
@@ -332,9 +332,9 @@ class MaskedNetwork:
     def __init__(self, layers: list[Layer], args: Arguments):
         self.args = args
         self.layers = [Layer(*(torch.tensor(array, device=args.device) for array in layer)) for layer in layers]
-        self.target = [Layer(*(tensor.clone() for tensor in layer)) for layer in self.layers]  # their masks go unused
+        self.target = [Layer(*(tensor.clone() for tensor in layer)) for layer in self.layers]  # its masks are unused
         self.supports = [target_support(layer.weight, layer.mask) for layer in self.layers]
-        self.connections = [support.shape[-1] for support in self.supports]  # as target and network begin alike
+        self.connections = [support.shape[-1] for support in self.supports]  # since a target starts as a copy
         self.parameters = [tensor.requires_grad_() for layer in self.layers for tensor in (layer.weight, layer.bias)]
         rates = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
         self.optimizer = torch.optim.Adam(self.parameters, **rates, fused=True)
@@ -511,7 +511,8 @@ class MaskedEngine:
 class TD3:
     """Twin delayed DDPG with the paper's adaptations, on an engine with the networks ``actor`` and ``critics``.
 
-    It asks of an engine ``act``, ``update_critics`` and ``update_actor``. A subclass may have ``scores`` of its own.
+    An engine has ``act``, ``update_critics`` and ``update_actor``, its networks what ``MaskedNetwork`` has but for
+    ``minimize``. A topology rule of one's own is a subclass with other ``scores``.
     """
 
     def __init__(self, engine, bounds: tuple[np.ndarray, np.ndarray], args: Arguments):
@@ -530,8 +531,9 @@ class TD3:
         return ((act or self.act)(observation) + noise).clip(low, high)
 
     def learn(self, buffer: ReplayBuffer, step: int, rng: Generator) -> None:
-        """Do the learning of one environment step: Algorithm 1 of the paper, from the sampled batch on."""
+        """Learn from one environment step: Algorithm 1 of the paper from the batch on; ``Run.advance`` has the rest."""
         engine, args, delay = self.engine, self.args, self.args.policy_frequency
+        # Numbered as if updates had begun with the run: the schedule and the delay go by the steps.
         for update in range(args.updates_per_step * (step - 1) + 1, args.updates_per_step * step + 1):
             batch = buffer.draw(args.batch_size, rng)
             noise = rng.standard_normal((args.batch_size, len(self.bounds[0])), dtype=self.bounds[0].dtype)
@@ -860,7 +862,7 @@ def provenance() -> dict:
 
 # --- Run --------------------------------------------------------------------------------------------------------------
 def resolve(args: Arguments) -> Arguments:
-    """Fill in what is left open, engine and number of connections. InputError where the sparse engine cannot be had."""
+    """Fill in what is left open, engine and number of connections. InputError if the sparse engine is unavailable."""
     needed = ("sparse_engine", "numba", "scipy", "threadpoolctl")
     fits = args.device == "cpu" and all(map(importlib.util.find_spec, needed))
     if args.engine == "sparse" and not fits:
@@ -900,7 +902,8 @@ def run_directory(args: Arguments) -> Path:
 
 def arguments_to_store(args: Arguments) -> dict:
     """Return those arguments that change what a run computes, as JSON has them; a policy counts by its content."""
-    values = {k: v for k, v in dataclasses.asdict(args).items() if k not in args.PRESENTATION}
+    values = {"program": type(args).__name__}  # so that a variant does not take another's run for its own
+    values |= {k: v for k, v in dataclasses.asdict(args).items() if k not in args.PRESENTATION}
     return json.loads(json.dumps(values, default=lambda policy: f"{policy.name} {zlib.crc32(policy.read_bytes()):x}"))
 
 
@@ -919,7 +922,7 @@ def is_finished(args: Arguments) -> bool:
 class Run:
     """A training run: everything that changes while it goes on, and the checkpoints that bring it back.
 
-    Checkpoints are written between episodes: simulators hide state while one goes on (MuJoCo's solver, a time limit's
+    Checkpoints are written between episodes: a simulator has hidden state during one (MuJoCo's solver, a time limit's
     counter), but an episode begins from its random generator alone. All else is drawn from one numpy generator.
     """
 
@@ -939,7 +942,8 @@ class Run:
         if self.initial_policy and self.initial_policy(np.zeros(observations)).shape != self.bounds[0].shape:
             raise InputError(f"{args.initial_policy} does not have the {len(self.bounds[0])} actions of {args.env}")
         self.agent = args.make_agent(*networks, self.bounds)  # last: this may compile for some seconds
-        self.initial_layers = [network.layer_arrays() for network in self.agent.networks.values()]
+        first = (network.layer_arrays()[:-1] for network in self.agent.networks.values())
+        self.initial_masks = [[mask == 1 for _, mask, _ in layers] for layers in first]
         self.step, self.saved_step = 0, 0
         self.made_before: dict[str, str] = {}  # evaluations since the checkpoint, by a run that was killed
         self.tables: dict[str, list[dict]] = {"evaluations": [], "timing": [], "topology": []}
@@ -954,7 +958,7 @@ class Run:
         self.between_episodes = True
 
     def advance(self) -> None:
-        """Take one environment step and learn from it. Raises RunError when that fails."""
+        """Take one environment step and learn from it (``TD3.learn``). Raises RunError when that fails."""
         started, observation, first = time.perf_counter(), self.observation, self.step < self.args.learning_starts
         if first and self.initial_policy is None:
             action = self.rng.uniform(*self.bounds).astype(np.float32)
@@ -997,11 +1001,11 @@ class Run:
 
     def _topology_rows(self) -> Iterator[dict]:
         """Describe how far the actor's and the first critic's topologies have moved from their first ones."""
-        for (name, network), initial_layers in zip(self.agent.networks.items(), self.initial_layers, strict=True):
-            pairs = list(zip(initial_layers, network.layer_arrays(), strict=True))[:-1]
-            for number, layers in enumerate(pairs, start=1):
-                initial, mask = (mask.reshape(-1, *mask.shape[-2:])[0] for _, mask, _ in layers)
-                alive = float((mask * initial).sum() / initial.sum())
+        for (name, network), initial_masks in zip(self.agent.networks.items(), self.initial_masks, strict=True):
+            pairs = zip(initial_masks, network.layer_arrays(), strict=False)
+            for number, (initial, (_, mask, _)) in enumerate(pairs, start=1):
+                initial, mask = (each.reshape(-1, *each.shape[-2:])[0] for each in (initial, mask))
+                alive = float((mask * initial).sum() / initial.sum(dtype=np.float32))
                 inputs = " ".join(map(str, mask.sum(-1).astype(int))) if number == 1 else ""
                 row = {"step": self.step, "network": name, "layer": number}
                 yield {**row, "initial_connections_alive": alive, "connections_per_input": inputs}
@@ -1115,7 +1119,7 @@ class Progress:
             from torch.utils.tensorboard import SummaryWriter
 
             self.writer = closing.enter_context(SummaryWriter(directory / "tensorboard", purge_step=run.step + 1))
-        masks = [mask for layers in run.initial_layers for _, mask, _ in layers[:-1]]
+        masks = [mask for masks in run.initial_masks for mask in masks]
         hidden = 1 - sum(mask.sum() for mask in masks) / sum(mask.size for mask in masks)
         sparsity = f"sparsity {hidden:.2f} of the hidden layers ({run.costs['sparsity']:.2f} of all)"
         print(f"{name}, {sparsity}, {args.engine} engine on {args.device}: step {run.step:,} of {total:,}")
@@ -1203,7 +1207,8 @@ def train(args: Arguments) -> int:
                 if run.between_episodes and (stopped or run.step - run.saved_step >= args.checkpoint_interval):
                     run.save()
                     if stopped:
-                        print(f"stopped by {stopped[0].name} at step {run.step:,}: the same command goes on from there")
+                        what = f"stopped by {stopped[0].name} at step {run.step:,}"
+                        tqdm.write(f"{what}: the same command goes on from there")
                         return 128 + stopped[0]
             summary = run.finish()
         except RunError as error:
@@ -1228,13 +1233,19 @@ def command_line(program: Callable[[str], int | None]) -> int:
         return 2 if isinstance(error, InputError) else 1
 
 
+# Options of other programs: where they are given and unknown, the error says which program has them.
+MOVED = {"drop_by": "high_sparsity.py", "recycle_dormant": "high_sparsity.py", "step_exponent": "high_sparsity.py"}
+MOVED |= {"dense_moments": "dense_moments.py"}
+
+
 def main(arguments: type[Arguments] = Arguments) -> int:
     """Run the command line of an algorithm and return its exit code."""
 
     def program(name: str) -> int | None:
-        for option in (word.partition("=")[0].replace("_", "-").replace("--no-", "--") for word in sys.argv[1:]):
-            if option in arguments.MOVED:
-                raise InputError(f"{option} is an option of {arguments.MOVED[option]}")
+        for word in sys.argv[1:]:
+            option = word.partition("=")[0].replace("-", "_").removeprefix("__").removeprefix("no_")
+            if word.startswith("--") and option in MOVED and not hasattr(arguments, option):
+                raise InputError(f"--{option.replace('_', '-')} is an option of {MOVED[option]}")
         args = tyro.cli(arguments, prog=name)
         args.validate()
         args = resolve(args)

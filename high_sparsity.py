@@ -53,8 +53,6 @@ class HighSparsityArguments(Arguments):
     updates_per_step: int = 2  # update-to-data ratio: critic updates after each environment step
     step_exponent: float = 0.5  # a sparse layer learns at density ** -step_exponent times the learning rate
 
-    MOVED: ClassVar = {"--dense-moments": "dense_moments.py"}
-
     def __post_init__(self):
         if self.drop_by is None:
             object.__setattr__(self, "drop_by", "contribution" if self.adapts else "magnitude")
@@ -85,10 +83,11 @@ class HighSparsityTD3(TD3):
     def __init__(self, engine, bounds: tuple[np.ndarray, np.ndarray], args: HighSparsityArguments):
         super().__init__(engine, bounds, args)
         for network in self.networks.values():
-            masks = [mask for _, mask, _ in network.layer_arrays()]
-            network.scale_steps([float(mask.sum() / mask.size) ** -args.step_exponent for mask in masks])
+            layers = network.layer_arrays()
+            network.scale_steps([float(mask.sum() / mask.size) ** -args.step_exponent for _, mask, _ in layers])
             if args.drop_by == "contribution" and args.adapts:  # so that kernels are compiled before training begins
-                network.contributions(np.zeros((CONTRIBUTION_SAMPLES, masks[0].shape[-2]), masks[0].dtype))
+                weight = layers[0][0]
+                network.contributions(np.zeros((CONTRIBUTION_SAMPLES, weight.shape[-2]), weight.dtype))
 
     def adapt(self, network, buffer: ReplayBuffer, rng: Generator) -> None:
         """Adapt the topology of a network, then draw its dormant units anew."""

@@ -25,6 +25,7 @@ import report
 
 NOTEBOOK = Path(analysis.__file__).with_name("analysis.ipynb")
 # What its cells make, in order: each a function from results to tables and plots.
+BOUNDS = -np.ones(2, np.float32), np.ones(2, np.float32)  # of two actions
 MAKERS = [
     getattr({"analysis": analysis, "report": report}[module], name)
     for module, name in re.findall(r"(analysis|report)\.(\w+)\(results\)", NOTEBOOK.read_text())
@@ -165,7 +166,7 @@ def write_policy(folder: Path, closed: tuple[list[int], list[int]]) -> None:
         weight[:, units] = bias[:, units] = 0
         layers.append(dst_td3.Layer(weight, np.ones_like(weight), bias))
     layers[0].weight[:, 2] = 0  # a unit that its bias keeps open
-    dst_td3.save_policy(folder / "policy.npz", layers, (-np.ones(2), np.ones(2)), folder.parents[1].name)
+    dst_td3.save_policy(folder / "policy.npz", layers, BOUNDS, folder.parents[1].name)
 
 
 def write_resumed_run(results: Path, seed: int, sessions: list[dict]) -> None:
@@ -622,7 +623,7 @@ def test_a_policy_that_cannot_be_read_is_left_out_and_named_but_its_run_counts(t
     (folders[2] / "policy.npz").write_text("")
     first, second = (np.ones((3, 4), np.float32), np.ones((1, 4), np.float32)), (np.ones((5, 2)), np.ones((1, 2)))
     layers = [dst_td3.Layer(weight, np.ones_like(weight), bias) for weight, bias in (first, second)]
-    dst_td3.save_policy(folders[3] / "policy.npz", layers, (-np.ones(2), np.ones(2)), "Hopper-v4")
+    dst_td3.save_policy(folders[3] / "policy.npz", layers, BOUNDS, "Hopper-v4")
     results = analysis.read_results(tmp_path)
     assert [line.split("`")[1] for line in results.left_out] == [str(folder) for folder in folders[1:4]]
     assert all("left out is its policy alone" in line for line in results.left_out)

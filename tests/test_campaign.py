@@ -315,7 +315,7 @@ def test_results_may_lie_in_a_folder_with_spaces(commands, tmp_path):
         (["--only", "Ant-v4", "--only", "fig2"], "no run matches --only Ant-v4 fig2:"),
         (["--seeds", "0"], "--seeds: must be a positive whole number, not 0"),
         (["--steps", "1e6"], "--steps: must be a positive whole number, not 1e6"),
-        (["--steps", "25000"], "must be more than --learning-starts (25000), where learning starts, not 25000"),
+        (["--steps", "25000"], "must be more than --learning-starts (25000), not 25000"),
         (["--quick", "--steps", "1"], "--snapshot-at must be steps of the run"),
         (["--jobs", "many"], "--jobs: must be a positive whole number"),
         (["--jobs"], "--jobs: expected one argument"),

@@ -544,8 +544,8 @@ def test_a_path_with_spaces_is_quoted_in_the_last_line(command_line, tmp_path):
 def test_the_first_line_says_which_sparsity_is_counted(command_line, tmp_path):
     _, output = trained(command_line, tmp_path, "--sparsity", 0.8)
     run = dst_td3.Run(dst_td3.resolve(Arguments(env="Point-v0", engine="masked", hidden=(16, 16), sparsity=0.8)))
-    hidden = sum(layer.mask.sum() for layers in run.initial_layers for layer in layers[:-1])
-    full = sum(layer.mask.size for layers in run.initial_layers for layer in layers[:-1])
+    hidden = sum(mask.sum() for masks in run.initial_masks for mask in masks)
+    full = sum(mask.size for masks in run.initial_masks for mask in masks)
     assert 1 - hidden / full == pytest.approx(0.8, abs=0.005)
     of_all = f"{run.costs['sparsity']:.2f}"
     assert of_all != "0.80"

@@ -424,7 +424,10 @@ def test_a_diverged_temperature_stops_the_run_with_one_line(command_line, tmp_pa
         ("--method sac --sparsity 0.5", "sac is dense"),
         ("--sparsity 1", "--sparsity must be at least 0 and below 1"),
         ("--batch-size 0", "--batch-size must be"),
-        *((f"{flag} 1", f"{flag} is an option of {program}") for flag, program in SACArguments.MOVED.items()),
+        ("--drop-by magnitude", "--drop-by is an option of high_sparsity.py"),
+        ("--step-exponent 1", "--step-exponent is an option of high_sparsity.py"),
+        ("--recycle-dormant", "--recycle-dormant is an option of high_sparsity.py"),
+        ("--dense-moments", "--dense-moments is an option of dense_moments.py"),
         *((f"--{name} 1", f"--{name}") for name in TD3_ONLY),
     ],
 )
