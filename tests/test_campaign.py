@@ -382,9 +382,12 @@ def test_a_campaign_is_stopped_goes_on_and_ends(run_campaign, tmp_path):
 
     # A terminal of its own, on which Ctrl-C is typed.
     controller, terminal = pty.openpty()
-    process = start(
-        *options, stdin=terminal, stdout=terminal, stderr=terminal, preexec_fn=lambda: os.login_tty(terminal)
-    )
+
+    def log_in() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a shell has ignored where the tests run in its background
+        os.login_tty(terminal)
+
+    process = start(*options, stdin=terminal, stdout=terminal, stderr=terminal, preexec_fn=log_in)
     os.close(terminal)
     wait_until(lambda: min(map(evaluations, (first, second))) > 2)
     os.write(controller, b"\x03")
