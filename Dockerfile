@@ -1,4 +1,4 @@
-# docker build --tag dst-td3 . && docker run --volume "$PWD/results:/results" dst-td3 --quick
+# docker build --tag dst-td3 . && docker run --volume "$PWD/runs:/runs" dst-td3 --quick
 FROM debian:bookworm-slim
 
 # Each run notes the commit that made it, hence git; videos are drawn by OpenGL without a screen.
@@ -17,15 +17,15 @@ RUN python3 -m venv /opt/venv && cd /tmp \
        fi \
     && pip install -r requirements.txt -c constraints.txt
 
-# Results go where /results is mounted. It is open to all, so that `docker run --user "$(id -u)"` can leave them to
+# Runs go where /runs is mounted. It is open to all, so that `docker run --user "$(id -u)"` can leave them to
 # their owner.
 ENV HOME=/home/user
-RUN useradd --no-create-home user && install --directory --mode=777 /home/user /results
+RUN useradd --no-create-home user && install --directory --mode=777 /home/user /runs
 
 WORKDIR /dst-td3
 COPY . .
 # The committed results stay outside the image, which is no change of the code.
-RUN ln -s /results results && git config --system --add safe.directory /dst-td3 \
+RUN ln -s /runs runs && git config --system --add safe.directory /dst-td3 \
     && if [ -d .git ]; then git ls-files -z results | git update-index -z --skip-worktree --stdin; fi
 USER user
 

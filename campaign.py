@@ -19,7 +19,7 @@ from typing import NamedTuple, NoReturn
 from jobs import Job, Pool, Progress, Stopped, show_times, submit
 
 FOUR, FIVE = "HalfCheetah-v4 Walker2d-v4 Hopper-v4 Ant-v4", "HalfCheetah-v4 Walker2d-v4 Hopper-v4 Ant-v4 Humanoid-v4"
-RESULTS = Path("results")
+RUNS, PUBLISHED = Path("runs"), Path("results")
 
 
 class Row(NamedTuple):
@@ -85,8 +85,8 @@ def parse(words: list[str], arguments: list[str]) -> argparse.Namespace:
     add("--seeds", **number, help="seeds of each run, 0 to N-1 (default: 5; with --quick: 2)")
     add("--steps", **number, help="environment steps of a run (default: the program's; with --quick: 1500)")
     add("--jobs", **number, default=cores, help="runs at the same time, one thread each (default: one for each core)")
-    add("--quick", action="store_true", help="all of it with tiny runs, to see that it works; in RESULTS/quick")
-    add("--results-dir", type=Path, default=RESULTS, metavar="RESULTS", help="where results go (default: results)")
+    add("--quick", action="store_true", help="all of it with tiny runs, to see that it works; in RUNS/quick")
+    add("--results-dir", type=Path, default=RUNS, metavar="RUNS", help="where results go (default: runs)")
     add("--list", action="store_true", help="print each run's command and the time that all would take; run nothing")
     add("--line", **number, help="run only line N of the list, for job schedulers other than Slurm")
     add("--slurm", action="store_true", help="submit what is missing as a Slurm job array instead of running it here")
@@ -137,7 +137,6 @@ def runs_of(row: Row, options: str, agent: str, given: argparse.Namespace) -> li
         options += f" --learning-starts {steps // 4} --eval-interval {max(1, steps // 10)} --eval-episodes 1"
     options, where = shlex.split(options), ["--results-dir", str(given.results)]
     parsed = tyro.cli(kind, args=[*agent.split(), *options, *where], prog=row.program)
-    parsed.validate()
     if parsed.seed != kind.seed:
         reject("--seed cannot stand after --: --seeds N makes seeds 0 to N-1")
     for seed in range(given.seeds):
@@ -205,7 +204,7 @@ def main() -> int:
     runs, logs = list_runs(given), given.results / "logs"
     if given.list:
         print(*(run.command for run in runs), sep="\n")
-        show_times(runs, given.results, RESULTS)
+        show_times(runs, given.results, PUBLISHED)
         return 0
     if given.line is not None:
         if given.line > len(runs):

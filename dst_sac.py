@@ -67,6 +67,9 @@ class SACArguments(Arguments):
         "HalfCheetah-v4": (12.0, 80.0),
         "Hopper-v4": (7.0, 20.0),
         "Walker2d-v4": (12.0, 80.0),
+        "HalfCheetah-v5": (12.0, 80.0),
+        "Hopper-v5": (7.0, 20.0),
+        "Walker2d-v5": (12.0, 80.0),
         "Ant-v4": (9.5, 64.0),
         "Humanoid-v4": (61.0, 64.0),
     }

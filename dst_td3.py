@@ -15,7 +15,6 @@ keeps dense matrices whose masks hold the missing weights at zero; the package `
 
 import dataclasses
 import fcntl
-import functools
 import importlib.metadata
 import importlib.util
 import itertools
@@ -29,12 +28,14 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple
 
@@ -44,7 +45,6 @@ import torch
 import tyro
 from numpy.random import Generator
 from torch import Tensor
-from tqdm import tqdm
 
 
 class InputError(Exception):
@@ -93,7 +93,7 @@ class Arguments:
     device: Literal["cpu", "cuda"] = "cpu"  # cuda is for the masked engine
     threads: int = 1  # CPU threads of torch
     snapshot_at: tuple[int, ...] = ()  # steps at which the policy so far is also kept, as policy-STEP.npz
-    results_dir: Path = Path("results")  # where run directories are made: RESULTS_DIR/ENV/NAME/seedN
+    results_dir: Path = Path("runs")  # where run directories are made: RESULTS_DIR/ENV/NAME/seedN
     tensorboard: bool = False  # also write TensorBoard logs into the run directory
     track: bool = False  # also log to Weights & Biases
     describe: bool = False  # print layers, connections, FLOPs and bytes, then leave without training
@@ -103,8 +103,10 @@ class Arguments:
     OUTPUTS_PER_ACTION: ClassVar = 1  # of the actor; another algorithm overrides this and the next
     # The paper's lambda for its two hidden layers of 256. Ant-v4 observes 27 numbers where the paper's Ant-v3 had 111:
     # 40 would be more than a full layer, and 12.6 keeps the paper's density of the actor's first layer (0.52).
+    # Of the -v5 tasks, three observe the same as their -v4; Ant-v5 and Humanoid-v5 do not.
     PAPER_LAMBDA: ClassVar = {
         **dict.fromkeys(("HalfCheetah-v4", "Hopper-v4", "Walker2d-v4"), (7.0, 64.0)),
+        **dict.fromkeys(("HalfCheetah-v5", "Hopper-v5", "Walker2d-v5"), (7.0, 64.0)),
         "Ant-v4": (12.6, 64.0),
         "Humanoid-v4": (61.0, 64.0),
     }
@@ -413,16 +415,14 @@ class Batch(NamedTuple):
 
 
 class ReplayBuffer:
-    """The last ``capacity`` transitions, float32 rows, and a file of all. InputError where memory is too small."""
+    """The last ``capacity`` transitions, as float32 rows, and a file of all."""
 
     def __init__(self, capacity: int, observations: int, actions: int):
         widths = Batch(observations, actions, 1, observations, 1)
         self.ends = np.cumsum(widths)[:-1]  # of the columns of each part of a row but the last
         self.added = 0  # transitions so far, the overwritten ones too
         self.saved, self.checksum = 0, 0  # transitions in the file, and their CRC-32
-        refusal = f"--buffer-size {capacity} is more than this machine's memory holds:"
-        with reported_as(InputError, refusal, (MemoryError, ValueError)):
-            self.rows = np.zeros((capacity, sum(widths)), dtype=np.float32)
+        self.rows = np.zeros((capacity, sum(widths)), dtype=np.float32)
 
     def add(self, transition: Batch) -> None:
         """Store a transition, over the oldest one when the buffer is full."""
@@ -595,7 +595,7 @@ class CheckedEnvironment(gymnasium.Wrapper):
 
     def reset(self, **options) -> tuple[np.ndarray, dict]:
         """Begin an episode; return its first observation [observations], and information."""
-        observation, information = self._call(2, self.env.reset, **options)
+        observation, information = self.call(2, self.env.reset, **options)
         return self._numbers("an observation", observation, self.shape, np.float32), information
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
@@ -605,25 +605,13 @@ class CheckedEnvironment(gymnasium.Wrapper):
         if not math.isfinite(action.sum()):
             raise RunError("the policy's action is not finite (the networks have diverged)")
         action = np.minimum(np.maximum(action, self.low), self.high).astype(self.low.dtype, copy=False)
-        observation, reward, terminated, truncated, information = self._call(5, self.env.step, action)
+        observation, reward, terminated, truncated, information = self.call(5, self.env.step, action)
         observation = self._numbers("an observation", observation, self.shape, np.float32)
-        if not (isinstance(reward, float) and math.isfinite(reward)):
-            reward = float(self._numbers("a reward", reward, (), np.float64))
-        for end in (terminated, truncated):
-            if not isinstance(end, bool | np.bool_):
-                self._numbers("an end of the episode", end, (), np.float64)
-        return observation, float(reward), bool(terminated), bool(truncated), information
+        three = self._numbers("reward, terminated, truncated", (reward, terminated, truncated), (3,), np.float64)
+        return observation, float(three[0]), bool(three[1]), bool(three[2]), information
 
-    def render(self):
-        """Return what the environment draws."""
-        return self._call(None, self.env.render)
-
-    def close(self) -> None:
-        """Close the environment; nothing is lost where its own code fails at that, which is shown."""
-        with suppress(RunError):
-            self._call(None, self.env.close)
-
-    def _call(self, values: int | None, function: Callable, *arguments, **options):
+    def call(self, values: int | None, function: Callable, *arguments, **options):
+        """Call the environment's own code, which returns so many ``values``."""
         try:
             returned = function(*arguments, **options)
         except Exception as error:  # an environment's own code can raise anything
@@ -639,14 +627,13 @@ class CheckedEnvironment(gymnasium.Wrapper):
             numbers = np.array(given, dtype)
             if numbers.shape == shape and np.isfinite(numbers).all():
                 return numbers
-        needed = f"{shape[0]} finite numbers" if shape else "a finite number"
-        raise RunError(f"{self.name} returned {what} that is not {needed}: {given!s:.60}")
+        raise RunError(f"{self.name} returned {given!s:.60} as {what}: needed are {shape[0]} finite numbers")
 
 
 def make_environment(name: str, arguments: str | None = None, **options) -> gymnasium.Env:
     """Make an environment of Gymnasium with ``arguments`` in JSON. InputError where it has no bounded real vectors."""
     warnings.filterwarnings("ignore", message=".*is out of date.*")  # on purpose: the paper's tasks are the -v4 ones
-    papers = ", ".join(Arguments.PAPER_LAMBDA)
+    papers = "HalfCheetah-v4, Hopper-v4, Walker2d-v4, Ant-v4 and Humanoid-v4"
     with reported_as(InputError, f"environment {name} cannot be made (the paper's are {papers}):", Exception):
         env = gymnasium.make(name, disable_env_checker=True, **json.loads(arguments or "{}"), **options)
         if isinstance(env.observation_space, gymnasium.spaces.Dict | gymnasium.spaces.Tuple):
@@ -725,8 +712,10 @@ def require_memory(env: gymnasium.Env, args: Arguments) -> None:
         raise InputError(f"--hidden, --buffer-size: networks and replay buffer need about {sizes}")
 
 
-def describe(env: gymnasium.Env, args: Arguments) -> str:
+def describe(args: Arguments) -> str:
     """Tabulate each layer's shape, connections and sparsity, then #params, training FLOPs and the buffer's bytes."""
+    args = resolve(args)
+    env = make_environment(args.env, args.env_kwargs)
     lines = [f"{args.env}, {run_name(args)}", f"{'layer':<17}{'shape':>12}{'connections':>14}{'sparsity':>10}"]
     for name, (widths, connections) in zip(("actor", "each critic"), network_sizes(env, args), strict=True):
         for number, (inputs, outputs, count) in enumerate(zip(widths, widths[1:], connections, strict=False), start=1):
@@ -752,6 +741,14 @@ def learning_curve_area(evaluations: list[dict], total_timesteps: int) -> float:
 
 
 # --- Files ------------------------------------------------------------------------------------------------------------
+def say(line: str) -> None:
+    """Print a line at once. A reader that has gone away, such as head, gets no more of them."""
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def writing(path: Path):
     """Report a failure of the file system, such as a full disk, as a RunError that names ``path``."""
     return reported_as(RunError, f"cannot write {path} (what was there before is whole):", OSError)
@@ -789,13 +786,9 @@ def read_json(path: Path, key: str, kind: type):
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """Read a file that np.savez wrote, executing nothing in it. Raises ValueError when it cannot be read."""
     with reported_as(ValueError, "unreadable:", Exception), np.lib.npyio.NpzFile(path, allow_pickle=False) as stored:
-        return dict(stored)  # a damaged archive can raise anything
-
-
-def checksum(arrays: dict[str, np.ndarray]) -> int:
-    """Return the CRC-32 of arrays with their names, types and shapes."""
-    parts = ((f"{name} {array.dtype} {array.shape} ".encode(), array.tobytes()) for name, array in arrays.items())
-    return functools.reduce(lambda crc, part: zlib.crc32(part, crc), itertools.chain(*parts), 0)
+        if damaged := stored.zip.testzip():  # reading an array checks its bytes only where it reads all of them
+            raise ValueError(f"{damaged} does not have its checksum")
+        return dict(stored)
 
 
 def save_policy(path: Path, actor: list[Layer], bounds: tuple, env: str) -> None:
@@ -808,11 +801,11 @@ def save_policy(path: Path, actor: list[Layer], bounds: tuple, env: str) -> None
         np.savez(file, **arrays)
 
 
-def read_policy(path: Path, env: str) -> tuple[list[Layer], Tensor, Tensor]:
-    """Read the layers and bounds [actions] of a policy for ``env``. Raises InputError when it is none."""
+def read_policy(path: Path, env: str | None = None) -> tuple[list[Layer], Tensor, Tensor]:
+    """Read the layers and bounds [actions] of a policy, for ``env`` if given. Raises InputError when it is none."""
     with reported_as(InputError, f"{path} is no policy that can be read:"):
         arrays, layers = read_arrays(path), []
-        if arrays["env"] != env:
+        if env not in (None, arrays["env"]):
             raise InputError(f"{path} holds a policy for {arrays['env']}, not for {env}")
         low, high = arrays["low"], arrays["high"]
         for index in range(sum(name.endswith(".shape") for name in arrays)):
@@ -832,9 +825,9 @@ def read_policy(path: Path, env: str) -> tuple[list[Layer], Tensor, Tensor]:
         return layers, torch.from_numpy(low), torch.from_numpy(high)
 
 
-def load_policy(path: Path, env: str) -> Callable[[np.ndarray], np.ndarray]:
-    """Read a policy for ``env`` as a function from observation to action. Raises InputError when it is none."""
-    layers, low, high = read_policy(path, env)
+def load_policy(path: Path, env: str | None = None) -> Callable[[np.ndarray], np.ndarray]:
+    """Read a policy, for ``env`` if given, as a function from observation to action. InputError when it is none."""
+    layers, low, high = read_policy(Path(path), env)
 
     def act(observation) -> np.ndarray:
         x = torch.tensor(np.array(observation, np.float32))
@@ -862,7 +855,8 @@ def provenance() -> dict:
 
 # --- Run --------------------------------------------------------------------------------------------------------------
 def resolve(args: Arguments) -> Arguments:
-    """Fill in what is left open, engine and number of connections. InputError if the sparse engine is unavailable."""
+    """Check arguments and fill in what is left open, engine and number of connections. Raises InputError."""
+    args.validate()
     needed = ("sparse_engine", "numba", "scipy", "threadpoolctl")
     fits = args.device == "cpu" and all(map(importlib.util.find_spec, needed))
     if args.engine == "sparse" and not fits:
@@ -984,11 +978,8 @@ class Run:
         row = {"step": self.step, "return_mean": float(np.mean(returns)), "return_std": float(np.std(returns))}
         row |= {"return_min": min(returns), "return_max": max(returns), "length_mean": float(np.mean(lengths))}
         if self.made_before.get(str(self.step), line := ",".join(map(str, row.values()))) != line:
-            self.note(
-                "evaluated_otherwise",
-                f"the evaluation at step {self.step:,} differs from the one made before a kill: "
-                "the environment keeps state from one episode to the next, or this machine rounds otherwise",
-            )
+            reason = "the environment keeps state from one episode to the next, or this machine rounds otherwise"
+            self.note("evaluated_otherwise", f"this evaluation differs from the one made before a kill: {reason}", {})
         self.tables["evaluations"].append(row)
         self.tables["timing"].append({"step": self.step} | {name: round(s, 3) for name, s in self.seconds.items()})
         self.tables["topology"] += self._topology_rows() if args.adapts else []
@@ -1017,8 +1008,7 @@ class Run:
         state |= {"rng": self.rng.bit_generator.state, "episode_rng": self.episode_rng}
         state |= {"tables": self.tables, "seconds": self.seconds}
         with replaced(self.checkpoint) as file:
-            arrays = {"state": np.array(json.dumps(state)), "observation": self.observation, **self.agent.state_dict()}
-            np.savez(file, **arrays, checksum=checksum(arrays))
+            np.savez(file, state=json.dumps(state), observation=self.observation, **self.agent.state_dict())
         self.saved_step = self.step
 
     def load(self) -> None:
@@ -1027,8 +1017,6 @@ class Run:
             return
         with reported_as(InputError, f"{self.checkpoint} cannot be resumed; move its folder away to begin anew;"):
             arrays = read_arrays(self.checkpoint)
-            if arrays.pop("checksum") != checksum(arrays):
-                raise ValueError("its checksum is not that of its content")
             state = json.loads(str(arrays["state"]))
             if state["arguments"] != arguments_to_store(self.args):
                 raise ValueError("it belongs to another run")
@@ -1058,12 +1046,12 @@ class Run:
         if any(now[key] != last.get(key) for key in now):
             self.note("resumed", "another commit, other versions or another machine go on with the run", now)
 
-    def note(self, key: str, message: str, further: dict | None = None) -> None:
+    def note(self, key: str, message: str, further: dict) -> None:
         """Say something about the run from this step on, and add it to a list in config.json."""
+        say(f"step {self.step:,}: {message}")
         path = self.directory / "config.json"
-        config, entry = json.loads(path.read_text()), {"step": self.step, **(further or {})}
-        tqdm.write(f"step {self.step:,}: {message}")
-        write_json(path, config | {key: [*config.get(key, []), entry]})
+        config = json.loads(path.read_text())
+        write_json(path, config | {key: [*config.get(key, []), {"step": self.step, **further}]})
 
     def save_policy(self, name: str) -> None:
         """Write the policy so far."""
@@ -1076,7 +1064,8 @@ class Run:
         final = float(np.mean(returns[1:][-10:]))  # a short run's first one, of the untrained policy, is left out
         summary = self.costs | {"final_return": final, "lca": lca, "evaluations": len(returns), "steps": self.step}
         summary |= {name: round(value, 1) for name, value in self.seconds.items()}
-        summary["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+        summary["peak_memory_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         self.save_policy("policy.npz")
         write_json(self.directory / "summary.json", summary)
         for path in (self.checkpoint, self.transitions, self.directory / "lock"):
@@ -1084,31 +1073,12 @@ class Run:
         return summary
 
 
-class Output:
-    """A stream that outlives its reader: where a pipe is closed, the run is asked to stop, and is silent until then."""
-
-    def __init__(self, stream, stopped: list[signal.Signals]):
-        self.stream, self.stopped = stream, stopped
-
-    def __getattr__(self, name: str):
-        return getattr(self.stream, name)
-
-    def write(self, text: str) -> None:
-        """Write and flush."""
-        try:
-            self.stream.write(text)
-            self.stream.flush()
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-            self.stopped.append(signal.SIGPIPE)
-
-
 class Progress:
-    """Shows how a run goes, as a bar on a terminal and as a line at each evaluation, and logs it where asked."""
+    """Prints and logs how a run goes, a line at each evaluation."""
 
     def __init__(self, run: Run, closing: ExitStack):
         self.run, self.writer, args, directory = run, None, run.args, run.directory
-        name, total = f"{args.env} {run_name(args)} seed {args.seed}", args.total_timesteps
+        name = f"{args.env} {run_name(args)} seed {args.seed}"
         if args.track:
             import wandb
 
@@ -1122,84 +1092,71 @@ class Progress:
         masks = [mask for masks in run.initial_masks for mask in masks]
         hidden = 1 - sum(mask.sum() for mask in masks) / sum(mask.size for mask in masks)
         sparsity = f"sparsity {hidden:.2f} of the hidden layers ({run.costs['sparsity']:.2f} of all)"
-        print(f"{name}, {sparsity}, {args.engine} engine on {args.device}: step {run.step:,} of {total:,}")
+        where = f"{args.engine} engine on {args.device}: step {run.step:,} of {args.total_timesteps:,}"
+        say(f"{name}, {sparsity}, {where}")
         if isinstance(run.env.env, gymnasium.wrappers.FlattenObservation):
-            print(f"observations of {args.env} are flattened to {run.env.observation_space.shape[0]} numbers")
+            say(f"observations of {args.env} are flattened to {run.env.observation_space.shape[0]} numbers")
         if run.env.spec.max_episode_steps is None:
-            print(f"{args.env} has no time limit: an episode, and so an evaluation, ends only where it says so itself")
-        self.bar = self._bar()
-        closing.callback(lambda: self.bar.close())
+            say(f"{args.env} has no time limit: an episode, and so an evaluation, ends only where it says so itself")
         self.shown, self.shown_at = run.step, time.perf_counter()  # at the last line
 
-    def _bar(self) -> tqdm:
-        """Return a bar from this step on. Before the first update steps are far faster: they tell no time left."""
-        step, args = self.run.step, self.run.args
-        looks = None if step >= args.learning_starts else "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}, {rate_fmt}]"
-        options = {"unit": " steps", "unit_scale": True, "leave": False, "disable": None, "bar_format": looks}
-        return tqdm(total=args.total_timesteps, initial=step, **options)
-
-    def advanced(self) -> None:
-        """Show one more step."""
-        self.bar.update()
-        if self.run.step == self.run.args.learning_starts:
-            self.bar.close()
-            self.bar = self._bar()
-
     def evaluated(self, row: dict) -> None:
-        """Show and log an evaluation's row of the table, and log the losses of the last update."""
+        """Print and log an evaluation's row of the table, and log the losses of the last update."""
         step, now, args = row["step"], time.perf_counter(), self.run.args
         line = f"step {step:>9,}  return {row['return_mean']:9.1f} +- {row['return_std']:7.1f}"
         if step > self.shown:
             speed = (step - self.shown) / (now - self.shown_at)
             line += f"  {speed:,.0f} steps/s"
-            if step > args.learning_starts:
-                line += f"  {tqdm.format_interval((args.total_timesteps - step) / speed)} left"
-        tqdm.write(line)
+            if step > args.learning_starts:  # before that, steps are far faster, and tell no time left
+                line += f"  {timedelta(seconds=round((args.total_timesteps - step) / speed))} left"
+        say(line)
         self.shown, self.shown_at = step, now
         for name, value in (row | self.run.agent.losses).items() if self.writer else ():
             self.writer.add_scalar(name, value, step)
 
 
-def train(args: Arguments) -> int:
-    """Train, or go on training, as resolved arguments say. Returns the exit code; raises InputError and RunError."""
+def train(args: Arguments) -> Path:
+    """Train a run, or go on training it, and return its directory. Raises InputError and RunError.
+
+    SIGINT, SIGTERM and SIGPIPE write a checkpoint at the episode's end, then raise KeyboardInterrupt or SystemExit.
+    """
+    asked, args = args, resolve(args)
+    if args.sparsity != asked.sparsity:
+        say(f"the paper has no lambda for {args.env} with these --hidden: --sparsity {args.sparsity} instead")
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)  # what decays towards zero becomes denormal, which slows a CPU many times over
+    directory = run_directory(args)
     if is_finished(args):
-        print(f"{run_directory(args)} is finished already: another --seed or --results-dir makes a new run")
-        return 0
+        say(f"{directory} is finished already: another --seed or --results-dir makes a new run")
+        return directory
     run, stopped = Run(args), []
 
     def stop(number: int, frame) -> None:
         stopped.append(signal.Signals(number))
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(number, signal.SIG_IGN if number == signal.SIGPIPE else signal.SIG_DFL)
         now = f"again stops now and goes on from step {run.saved_step:,}"
         with suppress(OSError):  # no print, which this signal may have interrupted
-            os.write(sys.stderr.fileno(), f"stopping after this evaluation and episode; {now}\n".encode())
+            os.write(2, f"stopping after this evaluation and episode; {now}\n".encode())
 
     with ExitStack() as closing:
-        for redirect, stream in ((redirect_stdout, sys.stdout), (redirect_stderr, sys.stderr)):
-            closing.enter_context(redirect(Output(stream, stopped)))
-        with reported_as(InputError, f"cannot use {run.directory}:", OSError):
-            for folder in (run.directory, *run.directory.parents):
-                if folder.is_symlink() and not folder.exists():
-                    raise FileNotFoundError(f"{folder} is a link to {folder.readlink()}, which does not exist")
-            run.directory.mkdir(parents=True, exist_ok=True)
-            lock = closing.enter_context(open(run.directory / "lock", "w"))
-        with reported_as(InputError, f"another process is training in {run.directory}:", OSError):
+        with reported_as(InputError, f"cannot use {directory}:", OSError):
+            directory.resolve().mkdir(parents=True, exist_ok=True)  # also where a link leads to nothing so far
+            lock = closing.enter_context(open(directory / "lock", "w"))
+        with reported_as(InputError, f"another process is training in {directory}:", OSError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if is_finished(args):  # by another process, meanwhile
-            raise InputError(f"another process has just finished {run.directory}")
+            raise InputError(f"another process has just finished {directory}")
         run.load()
         run.note_provenance()
-        for number in (signal.SIGINT, signal.SIGTERM):  # the latter is Slurm's
-            signal.signal(number, stop)
+        if threading.current_thread() is threading.main_thread():  # the only one that may
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE):  # Ctrl-C, Slurm's, a reader that went away
+                closing.callback(signal.signal, number, signal.signal(number, stop))
         progress = Progress(run, closing)
         try:
             if not run.tables["evaluations"]:
                 progress.evaluated(run.evaluate())
             while run.step < args.total_timesteps:
                 run.advance()
-                progress.advanced()
                 if run.step % args.eval_interval == 0 or run.step == args.total_timesteps:
                     progress.evaluated(run.evaluate())
                 if run.step in args.snapshot_at:
@@ -1207,23 +1164,22 @@ def train(args: Arguments) -> int:
                 if run.between_episodes and (stopped or run.step - run.saved_step >= args.checkpoint_interval):
                     run.save()
                     if stopped:
-                        what = f"stopped by {stopped[0].name} at step {run.step:,}"
-                        tqdm.write(f"{what}: the same command goes on from there")
-                        return 128 + stopped[0]
+                        say(f"stopped by {stopped[0].name} at step {run.step:,}: the same command goes on from there")
+                        raise KeyboardInterrupt if stopped[0] == signal.SIGINT else SystemExit(128 + stopped[0])
             summary = run.finish()
         except RunError as error:
             raise RunError(f"after step {run.step:,}: {error}; the command goes on from {run.saved_step:,}") from error
-        watch = f"python watch.py {shlex.quote(str(run.directory))}"
-        print(f"final return {summary['final_return']:.1f}, LCA {summary['lca']:.4f}: {watch}")
-    return 0
+        watch = f"python watch.py {shlex.quote(str(directory))}"
+        say(f"final return {summary['final_return']:.1f}, LCA {summary['lca']:.4f}: {watch}")
+    return directory
 
 
-def command_line(program: Callable[[str], int | None]) -> int:
+def command_line(program: Callable[[str], None]) -> int:
     """Run a program, which is told its name, and return the exit code; its error becomes one line on stderr."""
     name = Path(sys.argv[0]).name
     try:
-        return program(name) or 0
-    except KeyboardInterrupt:  # where training has not begun
+        program(name)
+    except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except BrokenPipeError:  # a reader that has gone away, such as head, wants no more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -1231,25 +1187,24 @@ def command_line(program: Callable[[str], int | None]) -> int:
     except (InputError, RunError) as error:
         print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
+    return 0
 
 
 # Options of other programs: where they are given and unknown, the error says which program has them.
-MOVED = {"drop_by": "high_sparsity.py", "recycle_dormant": "high_sparsity.py", "step_exponent": "high_sparsity.py"}
+MOVED = dict.fromkeys(("drop_by", "recycle_dormant", "step_exponent"), "high_sparsity.py")
 MOVED |= {"dense_moments": "dense_moments.py"}
 
 
 def main(arguments: type[Arguments] = Arguments) -> int:
     """Run the command line of an algorithm and return its exit code."""
 
-    def program(name: str) -> int | None:
+    def program(name: str) -> None:
         for word in sys.argv[1:]:
             option = word.partition("=")[0].replace("-", "_").removeprefix("__").removeprefix("no_")
             if word.startswith("--") and option in MOVED and not hasattr(arguments, option):
                 raise InputError(f"--{option.replace('_', '-')} is an option of {MOVED[option]}")
         args = tyro.cli(arguments, prog=name)
-        args.validate()
-        args = resolve(args)
-        return print(describe(make_environment(args.env, args.env_kwargs), args)) if args.describe else train(args)
+        print(describe(args)) if args.describe else train(args)
 
     return command_line(program)
 

@@ -13,7 +13,8 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -98,12 +99,22 @@ def extend_floor(model) -> None:
     model.mat_texrepeat[materials[materials >= 0]] *= 50
 
 
-def draw(env: gymnasium.Env) -> np.ndarray:
-    """Return a picture [rows, columns, 3] of the state. Raises RunError where what the environment draws is none."""
-    picture = env.render()
+def draw(name: str, render: Callable) -> np.ndarray:
+    """Return a picture [rows, columns, 3] of the state. Raises RunError where what ``render`` returns is none."""
+    picture = render()
     if not isinstance(picture, np.ndarray) or picture.ndim != 3:
-        raise RunError(f"render of {env.spec.id} returned {picture!s:.60}, which is no picture")
+        raise RunError(f"render of {name} returned {picture!s:.60}, which is no picture")
     return picture
+
+
+@contextmanager
+def closed_afterwards(env: gymnasium.Env) -> Iterator[gymnasium.Env]:
+    """Close an environment in the end; nothing is lost where its own code fails at that, which is shown."""
+    try:
+        yield env
+    finally:
+        with suppress(RunError):
+            env.call(None, env.env.close)
 
 
 @contextmanager
@@ -112,7 +123,7 @@ def viewer(name: str, arguments: str | None = None) -> Iterator[gymnasium.Env]:
 
     Raises InputError for an environment without MuJoCo.
     """
-    with closing(make_environment(name, arguments)) as env:
+    with closed_afterwards(make_environment(name, arguments)) as env:
         import glfw
         import mujoco.viewer
 
@@ -152,7 +163,9 @@ def make_drawn_environment(name: str, arguments: str | None) -> gymnasium.Env:
             # The model's own camera follows the robot; the one that gymnasium takes stays behind.
             env.unwrapped.mujoco_renderer.camera_id = min(0, env.unwrapped.model.ncam - 1)
         env.reset()
-        draw(env.env)  # not by way of what shows a traceback: missing libraries are no fault of the environment
+        draw(
+            name, env.env.render
+        )  # not by way of what shows a traceback: missing libraries are no fault of the environment
     except Exception as error:  # graphics libraries can raise anything
         cause = error.__cause__ or error
         reason = " ".join(str(cause).split()) or type(cause).__name__
@@ -178,7 +191,7 @@ def video(name: str, arguments: str | None, path: Path) -> Iterator[gymnasium.En
             file = stack.enter_context(replaced(path))
         except RunError as error:  # nothing has been played yet, and another file will do
             raise InputError(str(error)) from error
-        env = stack.enter_context(closing(make_drawn_environment(name, arguments)))
+        env = stack.enter_context(closed_afterwards(make_drawn_environment(name, arguments)))
         # About 25 pictures a second, which every player keeps up with; Hopper has 125 steps a second.
         states_a_second = env.metadata.get("render_fps", 30)
         every = max(1, round(states_a_second / 25))
@@ -192,7 +205,7 @@ def video(name: str, arguments: str | None, path: Path) -> Iterator[gymnasium.En
 
         def show() -> None:
             if next(states) % every == 0:
-                picture = draw(env)[::pixel, ::pixel]
+                picture = draw(name, partial(env.call, None, env.env.render))[::pixel, ::pixel]
                 with reported_as(RunError, f"{name} has drawn what cannot be added to the video:", Exception):
                     writer.append_data(picture)
             bar.update()

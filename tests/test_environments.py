@@ -1,14 +1,11 @@
 """Other people's environments, files and pipes: what is learned is what happened, or one line says why it cannot."""
 
-import io
 import json
 import os
-import pty
 import re
 import signal
 import subprocess
 import sys
-import termios
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -256,18 +253,18 @@ def test_bad_arguments_of_the_environment_are_refused(command_line, tmp_path, gi
 
 
 MALFORMED = {
-    "short": "Point-v0 returned an observation that is not 2 finite numbers: [",
-    "long": "Point-v0 returned an observation that is not 2 finite numbers: [0. 0. 0.]",
-    "text": "Point-v0 returned an observation that is not 2 finite numbers: here",
-    "huge": "Point-v0 returned an observation that is not 2 finite numbers: [1000",
-    "no observation": "Point-v0 returned an observation that is not 2 finite numbers: None",
-    "beyond single": "Point-v0 returned an observation that is not 2 finite numbers: [0.e+00 1.e+39]",
-    "first not finite": "Point-v0 returned an observation that is not 2 finite numbers: [ 0. nan]",
+    "short": "] as an observation: needed are 2 finite numbers",
+    "long": "Point-v0 returned [0. 0. 0.] as an observation: needed are 2 finite numbers",
+    "text": "Point-v0 returned here as an observation: needed are 2 finite numbers",
+    "huge": "Point-v0 returned [1000",
+    "no observation": "Point-v0 returned None as an observation: needed are 2 finite numbers",
+    "beyond single": "Point-v0 returned [0.e+00 1.e+39] as an observation: needed are 2 finite numbers",
+    "first not finite": "Point-v0 returned [ 0. nan] as an observation: needed are 2 finite numbers",
     "one value": "Point-v0 returned [",
     "four values": "Point-v0 returned (array(",
-    "reward of one": "Point-v0 returned a reward that is not a finite number: [-",
-    "no reward": "Point-v0 returned a reward that is not a finite number: None",
-    "two ends": "Point-v0 returned an end of the episode that is not a finite number: [False False]",
+    "reward of one": "Point-v0 returned (array([-",
+    "no reward": "Point-v0 returned (None, False, False) as reward, terminated, truncated: needed are 3 finite",
+    "two ends": "array([False, False]), False) as reward, terminated, truncated",
 }
 
 
@@ -353,7 +350,7 @@ def test_state_kept_between_episodes_is_noticed_after_a_kill(command_line, tmp_p
     code, output, error = command_line(*killed)
     assert code == 0, error
     (line,) = (line for line in output.splitlines() if "differs from the one made before a kill" in line)
-    assert line.startswith("step 400: the evaluation at step 400") and "keeps state from one episode" in line
+    assert line.startswith("step 400: this evaluation") and "keeps state from one episode" in line
     run = run_directory(tmp_path / "killed")
     assert json.loads((run / "config.json").read_text())["evaluated_otherwise"] == [{"step": 400}]
     assert (run / "evaluations.csv").read_bytes() != (unbroken / "evaluations.csv").read_bytes()
@@ -433,7 +430,8 @@ def test_a_reader_that_goes_away_costs_no_checkpoint(tmp_path, unbroken):
         head = subprocess.run(["head", "-3"], stdin=process.stdout, capture_output=True, text=True)
         process.stdout.close()
         error = process.stderr.read()
-        assert (process.wait(timeout=60), error) == (128 + signal.SIGPIPE, "") and head.stdout.count("\n") == 3
+        assert process.wait(timeout=60) == 128 + signal.SIGPIPE and head.stdout.count("\n") == 3
+        assert error.startswith("stopping after this evaluation and episode") and error.count("\n") == 1
     finish(tmp_path, unbroken)
 
 
@@ -453,32 +451,6 @@ def test_a_reader_of_little_wants_no_more(tmp_path):
         process.stdout.close()
         error = process.stderr.read()
         assert (process.wait(timeout=60), error) == (128 + signal.SIGPIPE, "")
-
-
-def test_the_bar_has_no_time_left_before_learning_begins(tmp_path):
-    """On a pseudo-terminal: random actions are many times faster than what follows."""
-    ours, theirs = pty.openpty()
-    termios.tcsetwinsize(theirs, (24, 120))
-    more = ("--learning-starts", 20_000, "--total-timesteps", 21_500, "--eval-interval", 50_000)
-    with started(*LONG, *more, "--results-dir", tmp_path, stderr=theirs) as process:
-        os.close(theirs)
-        shown = io.BytesIO()
-        try:
-            while content := os.read(ours, 10_000):
-                shown.write(content)
-        except OSError:  # the terminal's end
-            pass
-        process.communicate()
-    assert process.returncode == 0
-    bars = re.findall(r"([\d.]+)k?/21\.5k \[(.*?)\]", shown.getvalue().decode())
-    random = [text for done, text in bars if 0 < float(done) < 20]
-    learning = [text for done, text in bars if 20 < float(done) < 21.5]
-    assert random and not any("<" in text for text in random), bars
-    assert learning and all("<" in text for text in learning), bars
-    assert float(bars[-1][0]) > 20 and not [done for done, text in bars if "<" in text and float(done) < 20], bars
-    measured = 1500 / float(rows_of(run_directory(tmp_path) / "timing.csv")[-1]["training_seconds"])
-    rates = [float(n) * (1000 if k else 1) for n, k in re.findall(r"([\d.]+)(k?) steps/s", " ".join(learning))]
-    assert rates and max(rates) < 20 * measured
 
 
 # --- Folders ----------------------------------------------------------------------------------------------------------
@@ -521,18 +493,12 @@ def test_what_no_memory_holds_is_refused_with_its_bytes(command_line, tmp_path, 
     assert re.search(expected, error), error
 
 
-@pytest.mark.parametrize("level", [0, 2])
-def test_a_link_to_nothing_is_said(command_line, tmp_path, level):
-    folder = dst_td3.run_directory(dst_td3.resolve(Arguments(env="Point-v0", hidden=(8, 8), results_dir=tmp_path)))
-    link = [folder, *folder.parents][level]
-    link.parent.mkdir(parents=True, exist_ok=True)
-    link.symlink_to(tmp_path / "unmounted")
-    code, _, error = command_line(
-        "--env", "Point-v0", "--hidden", 8, 8, "--engine", "masked", "--results-dir", tmp_path
-    )
-    assert code == 2 and error.count("\n") == 1
-    assert f"{link} is a link to {tmp_path}/unmounted, which does not exist" in error
-    assert not (tmp_path / "unmounted").exists()
+@pytest.mark.parametrize("link", ["runs", "runs/Point-v0"])
+def test_a_link_to_nothing_so_far_is_followed(command_line, tmp_path, link):
+    (tmp_path / link).parent.mkdir(exist_ok=True)
+    (tmp_path / link).symlink_to(tmp_path / "scratch")
+    code, _, error = command_line(*TRAINING, "--results-dir", tmp_path / "runs")
+    assert (code, error) == (0, "") and list((tmp_path / "scratch").rglob("policy.npz"))
 
 
 def test_a_path_with_spaces_is_quoted_in_the_last_line(command_line, tmp_path):
