@@ -1,4 +1,4 @@
-"""README.md and the pages that it leads to: their tables, links and commands against results and code, not their prose."""
+"""README.md and the pages it leads to: tables, links and commands against results and code, not their prose."""
 
 import ast
 import csv
@@ -250,3 +250,40 @@ def test_ratios_of_returns_are_the_notebooks():
     for row in rows:
         for pair in ("DS-TD3 over TD3", "DS-TD3 over Static-TD3"):
             assert ratios[row["task"]][pair].startswith(f"{row[pair]} (")
+
+
+def test_returns_outside_the_papers_deviations_are_listed():
+    def numbers(cell: str) -> list[float]:
+        return [float(number) for number in cell.replace(",", "").split(" ± ")]
+
+    notebooks = table((RESULTS / "tables" / "table2_return.md").read_text(), "| environment |")
+    rows = [(row, numbers(row["ours"])[0], *numbers(row["paper"])) for row in notebooks if row["ours"] != "-"]
+    lower = {(row["environment"], row["method"]): (paper - ours) / deviation for row, ours, paper, deviation in rows}
+    outside = {run: f"{below:.1f}" for run, below in lower.items() if abs(below) > 1.15}
+    assert f"{len(rows) - len(outside)} of {len(rows)} mean returns lie within 1.1" in README
+    listed = table(TEXT["docs/findings.md"], "| task | method | ours")
+    column = "below, in the paper's deviations"
+    assert {(row["task"], row["method"]): row[column] for row in listed} == outside
+
+
+def test_the_time_to_the_dense_return_is_the_notebooks():
+    text = (RESULTS / "tables" / "seconds_to_dense.md").read_text()
+    notebooks = {row["HalfCheetah-v4"]: row for row in table(text, "| HalfCheetah-v4 |")}
+    for row in table(TEXT["docs/benchmarks.md"], "| agent | minutes"):
+        measured = notebooks[row["agent"]]
+        assert row["return after a third of RLtools' time"] == measured["return after a third of that run's time"]
+        assert row["minutes"] == measured["minutes"].replace("-", "not reached")
+
+
+def test_the_table_of_a_gpu_is_the_one_measured():
+    text = (RESULTS / "benchmarks" / "h200" / "README.md").read_text()
+    measured = table(text, "| implementation | width")
+    for row in table(TEXT["docs/benchmarks.md"], "| width | agent"):
+        method, sparsity = (*row["agent"].split(", "), "0")[:2]
+        (gpu, core) = (
+            line["microseconds"]
+            for line in measured
+            if line["implementation"].startswith(f"{method}, ")
+            and (line["width"], float(line["sparsity"])) == (row["width"].replace(",", ""), float(sparsity))
+        )
+        assert (row["µs of an update, GPU"], row["one core"]) == (gpu, core)
