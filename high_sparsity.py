@@ -11,7 +11,7 @@
 4. Dormant units are drawn anew (ReDo, arXiv 2302.12902): a unit that nothing activates has no gradient, weight decay
    takes its weights to zero, and connections grown into it stay there.
 
-``results/high-sparsity.md`` says what each part is worth.
+``docs/high-sparsity.md`` says what each part is worth.
 """
 
 import dataclasses

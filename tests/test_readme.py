@@ -1,19 +1,81 @@
-"""README.md, and the pages it leads to, against the code and the results they speak of, so that none falls behind."""
+"""README.md and the pages it leads to: tables, links and commands against results and code, not their prose."""
 
 import ast
 import csv
 import json
+import os
 import re
+import shlex
 import statistics
 from pathlib import Path
 
 import pytest
+import tyro
 from conftest import ADAPTING_RECIPE, RECIPE, read_table
 
+import analysis
+import campaign
 import dst_td3
+import watch
 
 ROOT = Path(dst_td3.__file__).parent
-README = (ROOT / "README.md").read_text()
+RESULTS = ROOT / "results"
+DOCS = sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))
+PAGES = ["README.md", "CONTRIBUTING.md", "examples/README.md", "results/README.md", "results/rules.md", *DOCS]
+TEXT = {page: (ROOT / page).read_text() for page in PAGES}
+README = TEXT["README.md"]
+
+
+def table(text: str, head: str) -> list[dict[str, str]]:
+    """Return the rows of the one table of a text whose first line begins with ``head``."""
+    (found,) = re.findall(rf"^{re.escape(head)}.*\n(?:\|.*\n?)+", text, flags=re.MULTILINE)
+    return read_table(found)
+
+
+def final_returns(env: str, variant: str, seeds: int | None = None) -> list[float]:
+    """Return the final returns of a variant's finished runs, or of its first ``seeds``: later ones await their set."""
+    paths = sorted((RESULTS / env).glob(f"{variant}/seed*/summary.json"))[:seeds]
+    return [json.loads(path.read_text())["final_return"] for path in paths]
+
+
+def benchmark(name: str, key: str = "implementation") -> dict[str, dict[str, str]]:
+    """Return the rows of a table of results/benchmarks by one of its columns."""
+    with open(RESULTS / "benchmarks" / name) as file:
+        return {line[key]: line for line in csv.DictReader(file)}
+
+
+def is_times(cell: str, value: float) -> bool:
+    """Tell whether a cell such as 1.05x, 3.2x or 1 is a factor, rounded."""
+    return cell.removesuffix("x") in (f"{value:.2f}", f"{value:.1f}", f"{value:g}")
+
+
+def headings(text: str) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.*)", re.sub(r"```.*?```", "", text, flags=re.DOTALL), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+# --- Pages ------------------------------------------------------------------------------------------------------------
+def test_the_front_page_is_short():
+    assert len(README.split()) <= 1200
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_file_and_heading_a_page_points_to_exists(page):
+    targets = re.findall(r"\]\((?!https:)([^)]+)\)", TEXT[page]) + re.findall(r'src="([^"]+)"', TEXT[page])
+    assert targets or page.startswith("docs/")
+    for target in targets:
+        path, _, heading = target.partition("#")
+        file = (ROOT / page).parent / path if path else ROOT / page
+        assert file.exists(), target
+        if heading:
+            assert heading in headings(file.read_text()), target
+
+
+@pytest.mark.parametrize("page", DOCS)
+def test_the_front_page_leads_to_every_page_and_each_begins_with_its_conclusion(page):
+    assert f"]({page}" in README
+    assert re.match(r"# .+\n\n\*\*[^*]", TEXT[page])
 
 
 def definitions(path: Path) -> set[str]:
@@ -28,38 +90,75 @@ def definitions(path: Path) -> set[str]:
 
 
 def test_the_map_from_the_paper_to_the_code_names_what_there_is():
-    links = re.findall(r"\[`([\w.]+)`\]\(([\w/]+\.py)\)", README)
+    links = re.findall(r"\[`([\w.]+)`\]\(\.\./([\w/]+\.py)\)", TEXT["docs/code.md"])
     assert {"erdos_renyi_topology", "adaptation_due", "drop_and_grow", "prune_target"} <= {name for name, _ in links}
     wrong = [f"{name} in {path}" for name, path in links if name not in definitions(ROOT / path)]
-    assert not wrong, f"README.md names what is not there: {', '.join(wrong)}"
+    assert not wrong, f"docs/code.md names what is not there: {', '.join(wrong)}"
 
 
 def test_the_map_links_all_it_names():
-    code_map = README.split("## Read the code")[1].split("\n\n")[2]
-    assert code_map.startswith("| paper |")
-    assert not re.findall(r"(?<!\[)`[\w.]+`", code_map.replace("`lambda", ""))
+    cells = " ".join(" ".join(row.values()) for row in table(TEXT["docs/code.md"], "| paper |"))
+    assert not re.findall(r"(?<!\[)`[\w.]+`", cells.replace("`lambda", ""))
 
 
-OF_RESULTS = (f"results/{name}.md" for name in ("README", "findings", "high-sparsity", "rules"))
-PAGES = ["README.md", "CONTRIBUTING.md", *OF_RESULTS]
+# --- Commands ---------------------------------------------------------------------------------------------------------
+def commands() -> list[str]:
+    """Return every command of the pages' shell blocks that this project answers, a container's as its own."""
+    found = []
+    for page in ("README.md", "CONTRIBUTING.md", "examples/README.md", *DOCS):
+        for block in re.findall(r"```sh\n(.*?)```", TEXT[page], flags=re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(line, comments=True)
+                if "dst-td3" in words[:-1] and words[0] == "docker":
+                    words = words[words.index("dst-td3") + 1 :]
+                    words = ["./run_all.sh", *words] if words[0].startswith("-") else words
+                if words and words[0] in ("python", "./run_all.sh", "make") and "mine.py" not in words:
+                    found.append(shlex.join(words))
+    return sorted(set(found))
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_every_file_and_heading_a_page_points_to_exists(page):
-    text = (ROOT / page).read_text()
-    targets = re.findall(r"\]\((?!https:)([^)]+)\)", text) + re.findall(r'src="([^"]+)"', text)
-    assert targets
-    for target in targets:
-        path, _, heading = target.partition("#")
-        file = (ROOT / page).parent / path if path else ROOT / page
-        assert file.exists(), target
-        if heading and file.suffix == ".md":
-            titles = re.findall(r"^#+ (.*)", file.read_text(), flags=re.MULTILINE)
-            assert heading in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}, target
+# Modules and files of the reader's own, or that come with packages not installed here.
+THEIRS = "your_module", "shimmy:", "gymnasium_robotics:", "RUN_DIRECTORY", "$runs", "$run"
 
 
-def test_its_python_runs(monkeypatch):
+@pytest.mark.parametrize("command", commands())
+def test_every_command_is_understood(command, monkeypatch):
     monkeypatch.chdir(ROOT)
+    program, *words = shlex.split(command)
+    if program == "make":
+        assert re.search(rf"^{words[0]}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+        return
+    program = "campaign.py" if program == "./run_all.sh" else words.pop(0)
+    if program == "-m":
+        return
+    assert (ROOT / program).is_file()
+    if program == "campaign.py":
+        end = words.index("--") if "--" in words else len(words)
+        assert campaign.list_runs(campaign.parse(words[:end], words[end + 1 :]))
+    elif program == "watch.py":
+        run = tyro.cli(watch.Arguments, args=words).run_directory
+        assert run.parts[0] == "runs" or run.exists()
+    elif program == "analysis.py":
+        tyro.cli(analysis.Arguments, args=words)
+    elif "--env" in words and program != "examples/sb3.py":
+        args = tyro.cli(campaign.arguments_class(program), args=words)
+        args.validate()
+        if not args.env.startswith(THEIRS):
+            dst_td3.make_environment(args.env, args.env_kwargs).close()
+
+
+def test_the_quick_start_ends_with_the_run_that_it_made():
+    block = re.findall(r"```sh\n(.*?)```", README, flags=re.DOTALL)[0]
+    (command,) = re.findall(r"^python dst_td3.py (.*)", block, flags=re.MULTILINE)
+    args = tyro.cli(dst_td3.Arguments, args=[*shlex.split(command), "--results-dir", "runs"])
+    last = re.search(r"^final return [\d.]+, LCA [\d.]+: python watch.py (.*)", README, flags=re.MULTILINE)[1]
+    assert last == os.fspath(dst_td3.run_directory(dst_td3.resolve(args)))
+
+
+def test_the_python_of_the_front_page_runs(monkeypatch):
+    """Its training, an hour long, gives a published run instead."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(dst_td3, "train", lambda args: args.validate() or RESULTS / args.env / "ds-td3" / "seed0")
     names = {}
     blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
     for block in blocks:
@@ -69,70 +168,122 @@ def test_its_python_runs(monkeypatch):
     assert names["mask"].sum() == names["connections"][1]
 
 
-FRONT_TABLE = read_table(README[README.index("| environment |") : README.index("Return is the mean")])
+def test_a_number_is_checked_as_the_page_says(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    (block,) = re.findall(r"```python\n(.*?)```", TEXT["docs/reproduce.md"], flags=re.DOTALL)
+    exec(block, {})
+    printed = [line.split() for line in capsys.readouterr().out.splitlines()]
+    for seed, final, area in printed:
+        summary = json.loads((RESULTS / f"Hopper-v4/ds-td3/seed{seed}/summary.json").read_text())
+        assert (float(final), float(area)) == pytest.approx((summary["final_return"], summary["lca"]))
+    assert len(printed) == 3
 
 
-def summaries_of(row: dict[str, str]) -> list[dict]:
-    """Return the summaries that a row of the front table rests on: of its first seeds, later ones await their set."""
-    folder = ROOT / "results" / row["environment"] / row["method"].lower()
-    return [json.loads((folder / f"seed{seed}" / "summary.json").read_text()) for seed in range(int(row["seeds"]))]
+# --- Tables -----------------------------------------------------------------------------------------------------------
+RETURNS = table(README, "| task |")
 
 
-@pytest.mark.parametrize("row", FRONT_TABLE, ids=lambda row: f"{row['environment']} {row['method']}")
+def test_the_front_table_has_every_task_of_the_paper():
+    assert [row["task"] for row in RETURNS] == list(analysis.TASKS)
+
+
+@pytest.mark.parametrize("row", RETURNS, ids=lambda row: row["task"])
 def test_the_front_table_is_what_the_results_say(row):
-    summaries = summaries_of(row)
-    final = [s["final_return"] for s in summaries]
-    deviation = f" ± {statistics.stdev(final):,.0f}" if len(final) > 1 else ""
-    assert f"{statistics.mean(final):,.0f}{deviation}" == row["return"]
-    assert f"{statistics.mean(s['lca'] for s in summaries):.3f}" == row["LCA"]
+    for method, seeds in zip(("TD3", "DS-TD3"), row["seeds"].split(", "), strict=True):
+        final = final_returns(row["task"], method.lower(), int(seeds))
+        assert len(final) == int(seeds)
+        assert row[method] == f"{statistics.mean(final):,.0f} ± {statistics.stdev(final):,.0f}"
+        mean, deviation = analysis.PAPER_RETURN[row["task"]][list(analysis.METHODS.values()).index(method)]
+        assert row[f"paper's {method}"] == f"{mean:,.0f} ± {deviation:,.0f}"
 
 
-def test_the_front_table_has_every_result():
-    finished = {path.parts[-4:-2] for path in (ROOT / "results").glob("*-v4/*td3/seed*/summary.json")}
-    assert {(row["environment"], row["method"].lower()) for row in FRONT_TABLE} == finished
+SPEEDS = table(README, "| agent |")
 
 
-DENSE = "HalfCheetah-v4", "TD3"
-SPEED_TABLE = read_table(README[README.index("| agent |") : README.index("The row of our own compiled")])
-
-
-@pytest.mark.parametrize("row", SPEED_TABLE, ids=lambda row: row["agent"])
+@pytest.mark.parametrize("row", SPEEDS, ids=lambda row: row["agent"])
 def test_the_table_of_speeds_is_what_the_benchmark_measured(row):
-    with open(ROOT / "results" / "benchmarks" / "end_to_end.csv") as file:
-        measured = {line["implementation"]: line for line in csv.DictReader(file)}
-    names = {"TD3 in torch": "td3", "TD3, compiled here": "td3, compiled"}
-    speeds = measured[names.get(row["agent"], row["agent"].lower())]
+    measured = benchmark("end_to_end.csv")
+    speeds = measured[{"TD3, compiled here": "td3, compiled"}.get(row["agent"], row["agent"].lower())]
     assert row["steps/s"] == f"{float(speeds['steps_per_second']):,.0f}"
     for peer in ("RLtools", "Stable-Baselines3", "SBX"):
-        ratio = float(speeds[f"speedup_over_{peer.lower()}"])
-        assert row[f"over {peer}"].rstrip("x") in (f"{ratio:.1f}", f"{ratio:.2f}", f"{ratio:g}")
+        assert is_times(row[f"over {peer}"], float(speeds[f"speedup_over_{peer.lower()}"]))
 
 
-@pytest.mark.parametrize("row", [row for row in SPEED_TABLE if ", " in row["agent"]], ids=lambda row: row["agent"])
+@pytest.mark.parametrize("row", SPEEDS[1:], ids=lambda row: row["agent"])
 def test_the_table_of_speeds_has_the_return_of_every_agent_that_was_trained(row):
-    def final_returns(variant: str) -> list[float]:
-        paths = (ROOT / "results" / "HalfCheetah-v4").glob(f"{variant}/seed*/summary.json")
-        return [json.loads(path.read_text())["final_return"] for path in paths]
-
+    (dense,) = (int(r["seeds"].split(", ")[0]) for r in RETURNS if r["task"] == "HalfCheetah-v4")
     method, size, *recipe = row["agent"].split(", ")
-    folders = {"compiled here": "", "width 77": "_hidden=77,77"}
-    variant = method.lower() + folders.get(size, "_" + size.replace(" ", "="))
+    variant = method.lower() + {"compiled here": ""}.get(size, "_" + size.replace(" ", "="))
     options = ADAPTING_RECIPE if method == "DS-TD3" else RECIPE
-    ours = final_returns(variant + f"_{options}" * len(recipe))
-    (dense,) = [summaries_of(row) for row in FRONT_TABLE if (row["environment"], row["method"]) == DENSE]
-    ours = [s["final_return"] for s in dense] if variant == "td3" and not recipe else ours
-    ratio = f"{statistics.mean(ours) / statistics.mean(s['final_return'] for s in dense):.2f}x" if ours else "-"
-    assert row["return over dense"] == ratio.replace("1.00x", "1")
+    ours = final_returns("HalfCheetah-v4", variant + f"_{options}" * len(recipe), dense if variant == "td3" else None)
+    ratio = statistics.mean(ours) / statistics.mean(final_returns("HalfCheetah-v4", "td3", dense))
+    assert is_times(row["return over TD3"], ratio)
 
 
-@pytest.mark.parametrize(
-    ("page", "table", "head"),
-    [
-        ("README.md", "claims", "| claim |"),
-        ("README.md", "high_sparsity", "| setting |"),
-        ("results/findings.md", "methods", "| environment |"),
-    ],
-)
-def test_tables_of_returns_are_the_notebooks(page, table, head):
-    notebooks = (ROOT / "results" / "tables" / f"{table}.md").read_text()
-    assert notebooks[notebooks.index(head) :].strip() in (ROOT / page).read_text()
+@pytest.mark.parametrize("row", table(TEXT["docs/benchmarks.md"], "| processor |"), ids=lambda row: row["processor"])
+def test_speedups_on_each_processor_are_those_measured(row):
+    folder = Path(re.search(r"\((.*?)/README.md\)", row["processor"])[1]).name.replace("benchmarks", "")
+    with open(RESULTS / "benchmarks" / folder / "updates.csv") as file:
+        lines = [line for line in csv.DictReader(file) if line["width"] == "256" and "engine" in line["implementation"]]
+    measured = {line["sparsity"]: float(line["speedup_over_dense"]) for line in lines}
+    assert all(is_times(row[sparsity], measured[sparsity]) for sparsity in ("0.5", "0.8", "0.9", "0.95"))
+
+
+def test_the_table_of_high_sparsity_is_the_notebooks():
+    notebooks = (RESULTS / "tables" / "high_sparsity.md").read_text()
+    assert notebooks[notebooks.index("| setting |") :].strip() in TEXT["docs/high-sparsity.md"]
+
+
+def test_the_verdicts_are_the_notebooks():
+    ours, notebooks = (
+        table(text, "| claim") for text in (TEXT["docs/findings.md"], (RESULTS / "tables" / "claims.md").read_text())
+    )
+    verdicts = [(row["figure"], row["verdict"].strip("*")) for row in notebooks]
+    assert [(row["our figure"], row["verdict"]) for row in ours] == verdicts
+
+
+def test_ratios_of_returns_are_the_notebooks():
+    notebooks = table((RESULTS / "tables" / "methods.md").read_text(), "| environment |")
+    ratios = {row["environment"]: row for row in notebooks if row["of"] == "return"}
+    rows = table(TEXT["docs/findings.md"], "| task | DS-TD3")
+    assert [row["task"] for row in rows] == list(ratios)
+    for row in rows:
+        for pair in ("DS-TD3 over TD3", "DS-TD3 over Static-TD3"):
+            assert ratios[row["task"]][pair].startswith(f"{row[pair]} (")
+
+
+def test_returns_outside_the_papers_deviations_are_listed():
+    def numbers(cell: str) -> list[float]:
+        return [float(number) for number in cell.replace(",", "").split(" ± ")]
+
+    notebooks = table((RESULTS / "tables" / "table2_return.md").read_text(), "| environment |")
+    rows = [(row, numbers(row["ours"])[0], *numbers(row["paper"])) for row in notebooks if row["ours"] != "-"]
+    lower = {(row["environment"], row["method"]): (paper - ours) / deviation for row, ours, paper, deviation in rows}
+    outside = {run: f"{below:.1f}" for run, below in lower.items() if abs(below) > 1.15}
+    assert f"{len(rows) - len(outside)} of {len(rows)} mean returns lie within 1.1" in README
+    listed = table(TEXT["docs/findings.md"], "| task | method | ours")
+    column = "below, in the paper's deviations"
+    assert {(row["task"], row["method"]): row[column] for row in listed} == outside
+
+
+def test_the_time_to_the_dense_return_is_the_notebooks():
+    text = (RESULTS / "tables" / "seconds_to_dense.md").read_text()
+    notebooks = {row["HalfCheetah-v4"]: row for row in table(text, "| HalfCheetah-v4 |")}
+    for row in table(TEXT["docs/benchmarks.md"], "| agent | minutes"):
+        measured = notebooks[row["agent"]]
+        assert row["return after a third of RLtools' time"] == measured["return after a third of that run's time"]
+        assert row["minutes"] == measured["minutes"].replace("-", "not reached")
+
+
+def test_the_table_of_a_gpu_is_the_one_measured():
+    text = (RESULTS / "benchmarks" / "h200" / "README.md").read_text()
+    measured = table(text, "| implementation | width")
+    for row in table(TEXT["docs/benchmarks.md"], "| width | agent"):
+        method, sparsity = (*row["agent"].split(", "), "0")[:2]
+        (gpu, core) = (
+            line["microseconds"]
+            for line in measured
+            if line["implementation"].startswith(f"{method}, ")
+            and (line["width"], float(line["sparsity"])) == (row["width"].replace(",", ""), float(sparsity))
+        )
+        assert (row["µs of an update, GPU"], row["one core"]) == (gpu, core)
