@@ -29,6 +29,10 @@ $(PEERS)/installed: benchmarks/requirements-peers.txt requirements.txt constrain
 	touch $@
 
 $(VENV)/installed: requirements.txt constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; ok = (3, 11) <= v < (3, 14); \
+		sys.exit(None if ok else f"Python 3.11 to 3.13 is needed, {v[0]}.{v[1]} is here: make PYTHON=python3.12")'
+	@echo "installing PyTorch, MuJoCo and the rest of requirements.txt in $(VENV): 2 GB once installed, and several more"
+	@echo "where pip takes PyTorch with CUDA (README says how to have the CPU build); some minutes, without a word"
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r $< -c constraints.txt
 	touch $@

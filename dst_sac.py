@@ -224,5 +224,10 @@ class MaskedSACEngine(MaskedEngine):
         return {"actor_loss": loss.detach(), "entropy": -drawn_log_probability.detach().mean()}
 
 
+def command() -> int:
+    """Run the command line and return its exit code."""
+    return main(SACArguments)
+
+
 if __name__ == "__main__":
-    sys.exit(main(SACArguments))
+    sys.exit(command())

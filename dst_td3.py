@@ -840,8 +840,9 @@ def load_policy(path: Path, env: str | None = None) -> Callable[[np.ndarray], np
 
 def provenance() -> dict:
     """Return the versions, the git commit of this file and the machine that a run is made with."""
-    git = "git rev-parse --verify HEAD && git diff --name-only HEAD -- '*.py'"  # new figures are no other code
-    folder = Path(__file__).resolve().parent
+    file, folder = Path(__file__).name, Path(__file__).resolve().parent
+    git = f"git ls-files --error-unmatch {file} >&2 && git rev-parse HEAD"  # no commit of others who install this
+    git += " && git diff --name-only HEAD -- '*.py'"  # new figures are no other code
     answer = subprocess.run(git, shell=True, cwd=folder, capture_output=True, text=True).stdout.split()
     commit = answer[0] + ("-dirty" if answer[1:] else "") if answer else None
     packages = filter(importlib.util.find_spec, ("torch", "gymnasium", "mujoco", "numpy", "numba", "llvmlite", "scipy"))

@@ -162,5 +162,10 @@ class HighSparsityMaskedEngine(MaskedEngine):
     network: ClassVar = HighSparsityNetwork
 
 
+def command() -> int:
+    """Run the command line and return its exit code."""
+    return main(HighSparsityArguments)
+
+
 if __name__ == "__main__":
-    sys.exit(main(HighSparsityArguments))
+    sys.exit(command())

@@ -1,0 +1,124 @@
+"""What others install and call: the wheel, ``train`` and ``load_policy`` from Python, other platforms."""
+
+import configparser
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import tomllib
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import dst_td3
+from dst_td3 import Arguments, InputError, RunError
+
+ROOT = Path(dst_td3.__file__).parent
+TINY = {"env": "Hopper-v4", "engine": "masked", "hidden": (8, 8), "sparsity": 0.5, "batch_size": 8}
+TINY |= {"learning_starts": 100, "total_timesteps": 200, "eval_interval": 100, "eval_episodes": 1}
+
+
+def test_training_from_python_returns_the_directory_whose_policy_acts(tmp_path, capsys):
+    before = signal.getsignal(signal.SIGINT)
+    run = dst_td3.train(Arguments(**TINY, results_dir=tmp_path))
+    assert run.is_relative_to(tmp_path) and (run / "summary.json").exists()
+    assert len(re.findall("^step ", capsys.readouterr().out, re.MULTILINE)) == 3
+    assert signal.getsignal(signal.SIGINT) == before
+    act = dst_td3.load_policy(run / "policy.npz")
+    observation = np.linspace(-1, 1, 11)
+    assert act(observation).shape == (3,)
+    np.testing.assert_array_equal(
+        act(observation), dst_td3.load_policy(str(run / "policy.npz"), "Hopper-v4")(observation)
+    )
+    assert dst_td3.train(Arguments(**TINY, results_dir=tmp_path)) == run  # finished already
+
+
+def test_training_from_python_raises_where_a_command_would_exit(tmp_path):
+    with pytest.raises(InputError, match="--gamma must be between 0 and 1"):
+        dst_td3.train(Arguments(**TINY, gamma=2, results_dir=tmp_path))
+    with pytest.raises(RunError, match="diverged"):
+        dst_td3.train(Arguments(**TINY, learning_rate=1e30, results_dir=tmp_path))
+
+
+def test_training_works_in_a_thread_too(tmp_path):
+    runs = []
+    thread = threading.Thread(target=lambda: runs.append(dst_td3.train(Arguments(**TINY, results_dir=tmp_path))))
+    thread.start()
+    thread.join()
+    assert (runs[0] / "summary.json").exists()
+
+
+def test_an_interrupt_from_python_raises_and_the_call_goes_on(tmp_path, monkeypatch):
+    advance = dst_td3.Run.advance
+
+    def interrupted(run: dst_td3.Run) -> None:
+        advance(run)
+        if run.step == 120:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(dst_td3.Run, "advance", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        dst_td3.train(Arguments(**TINY, results_dir=tmp_path))
+    assert list(tmp_path.rglob("checkpoint.npz"))
+    monkeypatch.setattr(dst_td3.Run, "advance", advance)
+    run = dst_td3.train(Arguments(**TINY, results_dir=tmp_path))
+    assert json.loads((run / "summary.json").read_text())["steps"] == 200
+
+
+def test_the_wheel_has_the_algorithms_and_their_commands(tmp_path):
+    source = tmp_path / "source"  # a build leaves folders behind
+    files = subprocess.run(["git", "ls-files", "*.py", "*.toml", "README.md"], cwd=ROOT, capture_output=True, text=True)
+    for name in files.stdout.split():
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_bytes((ROOT / name).read_bytes())
+    options = ("--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", tmp_path)
+    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, source], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as content:
+        names = {name for name in content.namelist() if ".dist-info/" not in name}
+        entries = next(content.read(name).decode() for name in content.namelist() if name.endswith("entry_points.txt"))
+    engine = {f"sparse_engine/{path.name}" for path in (ROOT / "sparse_engine").glob("*.py")}
+    assert names == {"dst_td3.py", "dst_sac.py", "high_sparsity.py", *engine}
+    commands = configparser.ConfigParser()
+    commands.read_string(entries)
+    for command, where in commands["console_scripts"].items():
+        module, _, function = where.partition(":")
+        code = f"import sys, {module}; sys.argv = ['{command}', '--describe']; sys.exit({module}.{function}())"
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+        assert done.stdout.startswith("HalfCheetah-v4, ")
+    assert set(commands["console_scripts"]) == {"dst-td3", "dst-sac", "high-sparsity"}
+
+
+def test_the_package_needs_the_versions_of_requirements():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pinned = [line.partition("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
+    assert sorted(filter(None, pinned)) == sorted(project["dependencies"] + project["optional-dependencies"]["dev"])
+    assert f"## {project['version']}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_an_installed_copy_does_not_name_the_commit_of_who_installed_it(tmp_path):
+    (tmp_path / "dst_td3.py").write_bytes((ROOT / "dst_td3.py").read_bytes())
+    git = ["git", "-c", "user.name=other", "-c", "user.email=other@localhost"]
+    for words in (["init", "--quiet"], ["commit", "--quiet", "--allow-empty", "--message", "Theirs"]):
+        subprocess.run([*git, *words], cwd=tmp_path, check=True)
+    code = "import dst_td3; print(dst_td3.provenance()['commit'])"
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stdout == "None\n"
+
+
+def test_a_machine_without_what_linux_alone_has(tmp_path, monkeypatch):
+    """As a Mac is: no /proc, memory counted in bytes, another name for the processor."""
+    exists = Path.exists
+    monkeypatch.setattr(Path, "exists", lambda path: exists(path) and not path.is_relative_to("/proc"))
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(dst_td3.platform, "processor", lambda: "arm")
+    run = dst_td3.train(Arguments(**TINY, results_dir=tmp_path))
+    assert json.loads((run / "config.json").read_text())["machine"]["processor"] == "arm"
+    peak = json.loads((run / "summary.json").read_text())["peak_memory_bytes"]
+    assert peak == pytest.approx(dst_td3.resource.getrusage(dst_td3.resource.RUSAGE_SELF).ru_maxrss, rel=0.1)
