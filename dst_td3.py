@@ -701,15 +701,17 @@ def count_costs(env: gymnasium.Env, args: Arguments) -> dict[str, float]:
 
 
 def require_memory(env: gymnasium.Env, args: Arguments) -> None:
-    """Raise InputError where the first networks and the replay buffer need more than this machine's memory."""
-    positions = [sum(map(math.prod, itertools.pairwise(widths))) for widths, _ in network_sizes(env, args)]
+    """Raise InputError where networks, replay buffer and a batch need more than this machine's memory."""
+    (actor, _), (critic, _) = network_sizes(env, args)
+    dense = sum(sum(map(math.prod, itertools.pairwise(widths))) for widths in (actor, critic, critic))
     copies = 4 if args.engine == "sparse" else 10  # of a dense float32 matrix: drawn as such, and kept by one engine
     transition = 2 * env.observation_space.shape[0] + env.action_space.shape[0] + 2
-    needed = 4 * (copies * (positions[0] + 2 * positions[1]) + transition * min(args.buffer_size, args.total_timesteps))
+    numbers = copies * dense + transition * min(args.buffer_size, args.total_timesteps)
+    needed = 4 * (numbers + args.batch_size * (transition + sum(actor + 2 * critic)))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > memory:
         sizes = f"{needed / 1e9:,.1f} GB and this machine has {memory / 1e9:,.1f}"
-        raise InputError(f"--hidden, --buffer-size: networks and replay buffer need about {sizes}")
+        raise InputError(f"--hidden, --buffer-size, --batch-size: networks and transitions need about {sizes}")
 
 
 def describe(args: Arguments) -> str:
@@ -786,9 +788,15 @@ def read_json(path: Path, key: str, kind: type):
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """Read a file that np.savez wrote, executing nothing in it. Raises ValueError when it cannot be read."""
     with reported_as(ValueError, "unreadable:", Exception), np.lib.npyio.NpzFile(path, allow_pickle=False) as stored:
-        if damaged := stored.zip.testzip():  # reading an array checks its bytes only where it reads all of them
-            raise ValueError(f"{damaged} does not have its checksum")
-        return dict(stored)
+        return dict(stored)  # a damaged archive can raise anything
+
+
+def checksum(arrays: dict[str, np.ndarray]) -> int:
+    """Return the CRC-32 of arrays with their names, types and shapes."""
+    crc = 0
+    for name, array in arrays.items():
+        crc = zlib.crc32(array.tobytes(), zlib.crc32(f"{name} {array.dtype} {array.shape} ".encode(), crc))
+    return crc
 
 
 def save_policy(path: Path, actor: list[Layer], bounds: tuple, env: str) -> None:
@@ -1009,7 +1017,8 @@ class Run:
         state |= {"rng": self.rng.bit_generator.state, "episode_rng": self.episode_rng}
         state |= {"tables": self.tables, "seconds": self.seconds}
         with replaced(self.checkpoint) as file:
-            np.savez(file, state=json.dumps(state), observation=self.observation, **self.agent.state_dict())
+            arrays = {"state": np.array(json.dumps(state)), "observation": self.observation, **self.agent.state_dict()}
+            np.savez(file, **arrays, checksum=checksum(arrays))
         self.saved_step = self.step
 
     def load(self) -> None:
@@ -1018,6 +1027,8 @@ class Run:
             return
         with reported_as(InputError, f"{self.checkpoint} cannot be resumed; move its folder away to begin anew;"):
             arrays = read_arrays(self.checkpoint)
+            if arrays.pop("checksum") != checksum(arrays):
+                raise ValueError("its checksum is not that of its content")
             state = json.loads(str(arrays["state"]))
             if state["arguments"] != arguments_to_store(self.args):
                 raise ValueError("it belongs to another run")

@@ -480,10 +480,11 @@ def test_a_module_leaves_no_colon_in_a_path_and_an_old_folder_is_found(tmp_path)
     [
         (
             "--hidden 1000000 1000000",
-            r"networks and replay buffer need about 48,\d{3}\.\d GB and this machine has [\d.]+",
+            r"networks and transitions need about 48,\d{3}\.\d GB and this machine has [\d.]+",
         ),
         ("--sparsity 0.9 --hidden 300000 300000", r"need about 4,3\d\d\.\d GB"),
         ("--engine masked --hidden 300000 300000", r"need about 10,8\d\d\.\d GB"),
+        ("--batch-size 1000000000000", r"need about 6,42\d,\d{3}\.\d GB"),
         ("--buffer-size 99999999999 --total-timesteps 99999999999", r"need about 10,8\d\d\.\d GB"),
     ],
 )

@@ -462,7 +462,7 @@ UNMADE = "cannot be made (the paper's are HalfCheetah-v4, Hopper-v4, Walker2d-v4
         ("--device auto", "--device"),
         ("--snapshot-at 5 2000000", "--snapshot-at must be steps of the run, 1 to 1000000, not (5, 2000000)"),
         ("--snapshot-at 0", "--snapshot-at must be"),
-        ("--buffer-size 9999999999 --total-timesteps 9999999999", "replay buffer need about 1,0"),
+        ("--buffer-size 9999999999 --total-timesteps 9999999999", "networks and transitions need about 1,0"),
         ("--initial-policy nowhere.npz", "nowhere.npz is no policy"),
         ("--batch-size many", "--batch-size"),
         ("--spasity 0.5", "--sparsity"),
