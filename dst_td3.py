@@ -105,8 +105,7 @@ class Arguments:
     # 40 would be more than a full layer, and 12.6 keeps the paper's density of the actor's first layer (0.52).
     # Of the -v5 tasks, three observe the same as their -v4; Ant-v5 and Humanoid-v5 do not.
     PAPER_LAMBDA: ClassVar = {
-        **dict.fromkeys(("HalfCheetah-v4", "Hopper-v4", "Walker2d-v4"), (7.0, 64.0)),
-        **dict.fromkeys(("HalfCheetah-v5", "Hopper-v5", "Walker2d-v5"), (7.0, 64.0)),
+        **dict.fromkeys((f"{it}-v{n}" for it in ("HalfCheetah", "Hopper", "Walker2d") for n in (4, 5)), (7.0, 64.0)),
         "Ant-v4": (12.6, 64.0),
         "Humanoid-v4": (61.0, 64.0),
     }
