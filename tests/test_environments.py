@@ -29,6 +29,7 @@ from gymnasium.spaces import Box, Dict, Discrete
 
 import dst_td3
 import watch
+from dst_sac import SACArguments
 from dst_td3 import Arguments
 from sparse_engine.sac import SparseSACEngine
 from sparse_engine.td3 import SparseEngine
@@ -451,6 +452,21 @@ def test_a_reader_of_little_wants_no_more(tmp_path):
         process.stdout.close()
         error = process.stderr.read()
         assert (process.wait(timeout=60), error) == (128 + signal.SIGPIPE, "")
+
+
+# --- Tasks of version 5 -----------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("task", ["HalfCheetah", "Hopper", "Walker2d", "Ant", "Humanoid"])
+@pytest.mark.parametrize("kind", [Arguments, SACArguments])
+def test_a_task_of_version_5_has_the_papers_lambda_where_it_observes_the_same(task, kind):
+    of_4, of_5 = (dst_td3.make_environment(f"{task}-v{version}").observation_space.shape for version in (4, 5))
+    lambdas = [dst_td3.resolve(kind(env=f"{task}-v{version}")).er_lambda for version in (4, 5)]
+    assert lambdas[1] == (lambdas[0] if of_4 == of_5 else None)
+
+
+def test_a_run_says_what_it_takes_where_the_paper_has_no_lambda(command_line, tmp_path):
+    said = "the paper has no lambda for Point-v0 with these --hidden: --sparsity 0.5 instead\n"
+    assert said in trained(command_line, tmp_path / "silent")[1]
+    assert "has no lambda" not in trained(command_line, tmp_path / "given", "--sparsity", 0.5)[1]
 
 
 # --- Folders ----------------------------------------------------------------------------------------------------------
