@@ -670,11 +670,39 @@ def verdicts_on_halfcheetah(results: Results, random: dict[str, float]) -> dict[
     return found
 
 
-def verdicts(results: Results) -> Table:
-    """Return the verdicts on claims 1 to 9 by results/rules.md, on all five seeds and on the fresh ones alone."""
+def random_returns(results: Results) -> dict[str, float]:
+    """Return the random policy's mean return on each task, of the results or else the published one; NaN without."""
     paths = [folder / "random_policy.csv" for folder in (results.folder, ROOT / "results")]
     found = next((path for path in paths if path.exists()), None)
-    random, rows = read_random_policy(found) if found else dict.fromkeys(TASKS, math.nan), []
+    return read_random_policy(found) if found else dict.fromkeys(TASKS, math.nan)
+
+
+def scores(results: Results) -> Table:
+    """Return every seed's scores, so that no mean hides one."""
+    random = random_returns(results)
+    rows = [
+        {
+            "environment": task,
+            "method": name_of(method),
+            "seed": f"{seed}{' (fresh)' if task != TASKS[0] and seed in FRESH_SEEDS and is_fresh(run) else ''}",
+            "return": f"{return_score(run, random[task]):.2f}",
+            "LCA": f"{lca_score(run, random[task]):.2f}",
+            f"steps to {REACHED:g}": f"{steps_to_score(run, random[task]):,.0f}",
+        }
+        for task in TASKS
+        for method in METHODS
+        for seed, run in counted(results, task, method).items()
+    ]
+    caption = (
+        "**Every seed's scores**: the random policy has 0 and the paper's TD3 1. Steps are those to a return score of "
+        f"{REACHED:g}, all {STEPS:,} where a seed never has it. {V4_NOTE}"
+    )
+    return Table("scores", caption, rows)
+
+
+def verdicts(results: Results) -> Table:
+    """Return the verdicts on claims 1 to 9 by results/rules.md, on all five seeds and on the fresh ones alone."""
+    random, rows = random_returns(results), []
     for seeds in ("0 to 4", "fresh"):
         family = {
             f"{claim.number}. {claim.words}": across_tasks(results, claim, random, seeds == "fresh")

@@ -761,6 +761,10 @@ def test_verdicts_on_whole_results(whole):
         for seed in range(5)
     )
     assert f"interquartile means {statistics.mean(scores[6:-6]):.2f} [" in rows["1", "0 to 4"]["beside"]
+    shown = {(row["environment"], row["method"], row["seed"]): row for row in tables["scores"]}
+    assert len(shown) == 75 and shown["Humanoid-v4", "DS-TD3", "4"]["steps to 0.9"] == f"{steps['ds-td3', 4]:,}"
+    of_ds_td3 = sorted(float(row["return"]) for (_, method, _), row in shown.items() if method == "DS-TD3")
+    assert of_ds_td3 == pytest.approx(scores, abs=0.0051)
     # HalfCheetah alone: the made-up rivals are all alike, and all score far below 0.9.
     assert rows["8", "0 to 4"]["verdict"] == "**confirmed**"
     assert rows["9", "0 to 4"]["beside"].startswith("after 500,000 steps ")
