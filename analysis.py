@@ -876,10 +876,23 @@ def cut(selected: list[Run], steps: int) -> list[Run]:
     ]
 
 
-def settings_of(results: Results) -> list[tuple[str, str, dict[str, str]]]:
-    """Return environment, method and options of everything that has a finished run, in order."""
-    settings = [(run.env, run.method, run.options) for run in results.runs if run.summary]
+def settings_of(results: Results) -> list[tuple[str, str, dict[str, str], tuple[int, ...]]]:
+    """Return environment, method, options and length of everything that has a finished run, in order."""
+    settings = [(run.env, run.method, run.options, run.length) for run in results.runs if run.summary]
     return [setting for index, setting in enumerate(settings) if setting not in settings[:index]]
+
+
+def describe_setting(method: str, options: dict[str, str], length: tuple[int, ...]) -> str:
+    """Return a setting in a table's words: its method and what differs from the paper's run, its length too."""
+    lengths = zip(LENGTH_OPTIONS, length, PAPER_LENGTH, strict=True)
+    differing = options | {name: f"{value:,}" for name, value, papers in lengths if value != papers}
+    return f"{name_of(method)} {describe_options(differing)}".strip()
+
+
+def published_alike(published: Results, env: str, method: str, options: dict[str, str]) -> list[Run]:
+    """Return the published runs of a setting, but for the options that no published run has: a variant's own."""
+    known = set().union(*(run.options for run in published.runs))
+    return published.select(env, method, {name: value for name, value in options.items() if name in known})
 
 
 def describe_beside(own: list[Run], published: list[Run], measure: str) -> str:
@@ -895,15 +908,16 @@ def describe_beside(own: list[Run], published: list[Run], measure: str) -> str:
 
 
 def table_beside(own: Results, published: Results) -> Table:
-    """Return by how much each setting of one's own differs from the same one and the three methods published."""
+    """Return by how much each setting of one's own differs from the published one alike and the three methods."""
     rows = []
-    for (env, method, options), measure in itertools.product(settings_of(own), ("return", "LCA")):
-        selected = own.select(env, method, options)
+    for (env, method, options, length), measure in itertools.product(settings_of(own), ("return", "LCA")):
+        selected = own.select(env, method, options, length)
         values, digits = {"return": (final_returns, 1), "LCA": (lcas, 4)}[measure]
-        row = {"environment": env, "setting": f"{name_of(method)} {describe_options(options)}".strip(), "of": measure}
+        row = {"environment": env, "setting": describe_setting(method, options, length), "of": measure}
         row |= {"steps": f"{selected[0].steps:,}", "seeds": str(len(selected))}
         row |= {"ours": mean_and_std(values(selected), digits)}
-        row["less the same published"] = describe_beside(selected, published.select(env, method, options), measure)
+        alike = published_alike(published, env, method, options)
+        row["less the same published"] = describe_beside(selected, alike, measure)
         row |= {
             f"less published {name}": describe_beside(selected, published.select(env, other), measure)
             for other, name in METHODS.items()
@@ -911,7 +925,8 @@ def table_beside(own: Results, published: Results) -> Table:
         rows.append(row)
     caption = (
         f"**One's own runs less the published ones**, means over seeds at the last step that both have [95 % interval, "
-        f"Welch's t, where both have {LEAST_SEEDS} seeds]."
+        f"Welch's t, where both have {LEAST_SEEDS} seeds]. The same is the published setting with all options of one's "
+        "own that any published run has. Published runs begin to learn after 25,000 steps."
     )
     return Table("beside", caption, rows)
 
@@ -919,20 +934,21 @@ def table_beside(own: Results, published: Results) -> Table:
 def plot_beside(own: Results, published: Results) -> Plot:
     """Return learning curves: a panel for each environment, one's own runs bright, the published methods' as ever."""
     settings = settings_of(own)
-    figure, panels = panels_of(list(dict.fromkeys(env for env, _, _ in settings)))
-    others = list(dict.fromkeys((method, describe_options(options)) for _, method, options in settings))
+    figure, panels = panels_of(list(dict.fromkeys(env for env, *_ in settings)))
+    others = list(dict.fromkeys(describe_setting(*setting) for _, *setting in settings))
     colours = dict(zip(others, itertools.cycle((GREEN, PINK, SKY, "#D55E00", "#F0E442")), strict=False))
     for env, axes in panels.items():
-        here = [(method, options) for task, method, options in settings if task == env]
-        longest = max(own.select(env, method, options)[0].steps for method, options in here)
+        here = [setting for task, *setting in settings if task == env]
+        longest = max(length[0] for _, _, length in here)
         for method, name in METHODS.items():
             plot_curves(axes, cut(published.select(env, method), longest), f"{name}, published", COLOURS[name])
-        for method, options in here:
-            words = describe_options(options)
-            label = f"{name_of(method)} {words}".strip()
-            if options and (same := published.select(env, method, options)):
-                plot_curves(axes, cut(same, longest), f"{label}, published", "#AAAAAA")
-            plot_curves(axes, own.select(env, method, options), f"{label}, ours", colours[method, words])
+        for method, options, length in here:
+            alike = published_alike(published, env, method, options)
+            if alike and alike[0].options:  # the three methods are drawn already
+                label = describe_setting(method, alike[0].options, PAPER_LENGTH)
+                plot_curves(axes, cut(alike, longest), f"{label}, published", "#AAAAAA")
+            label = describe_setting(method, options, length)
+            plot_curves(axes, own.select(env, method, options, length), f"{label}, ours", colours[label])
         label_axes(axes, env)
     add_legend(figure, panels, "mean of ten evaluations, single ones pale")
     return Plot("beside", figure)

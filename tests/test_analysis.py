@@ -869,7 +869,7 @@ def test_the_command_draws_ones_own_runs_beside_the_published_and_prints_the_dif
     assert rows == read_table((own / "tables" / "beside.md").read_text())
     assert [(r["environment"], r["setting"], r["seeds"]) for r in rows[::2]] == [
         ("Hopper-v4", "DS-TD3", "3"),
-        ("Hopper-v4", "my-td3 my-option 0.1", "1"),
+        ("Hopper-v4", "my-td3 my-option 0.1, total-timesteps 100,000", "1"),
         ("Swimmer-v5", "TD3", "1"),
     ]
     ours, theirs = (final_returns({(m, s): written[m, s] for s in range(3)}) for m in ("own", "td3"))
@@ -890,8 +890,33 @@ def test_the_command_draws_ones_own_runs_beside_the_published_and_prints_the_dif
     panels = analysis.plot_beside(*map(analysis.read_results, (own, published))).figure.axes
     assert [axes.get_title() for axes in panels[:2]] == ["Hopper-v4 (3, 3, 3, 1 seeds)", "Swimmer-v5 (1 seed)"]
     drawn = [text.get_text() for text in panels[2].get_legend().get_texts()]
-    named = ("TD3, published", "DS-TD3, published", "DS-TD3, ours", "my-td3 my-option 0.1, ours", "TD3, ours")
+    named = (
+        "TD3, published",
+        "DS-TD3, published",
+        "DS-TD3, ours",
+        "my-td3 my-option 0.1, total-timesteps 100,000, ours",
+        "TD3, ours",
+    )
     assert drawn == list(named)
+
+
+def test_each_length_of_ones_own_runs_has_a_row_and_a_rule_of_ones_own_its_baseline(tmp_path):
+    own, published = tmp_path / "own", tmp_path / "published"
+    for final, folder in ((1000, "ds-td3"), (2000, "ds-td3_sparsity=0.9")):
+        write_run(published, "Hopper-v4", folder, 0, [final] * 201)
+    rule = "ds-td3_sparsity=0.9_rule=momentum"
+    write_run(own, "Hopper-v4", rule, 0, [2500] * 201)
+    write_run(own, "Hopper-v4", f"{rule}_total-timesteps=100000", 0, [2700] * 21, total=100_000)
+    own, published = map(analysis.read_results, (own, published))
+    rows = read_table(str(analysis.table_beside(own, published)))[::2]
+    columns = ("steps", "less the same published", "less published DS-TD3")
+    assert {row["setting"]: tuple(row[name] for name in columns) for row in rows} == {
+        "DS-TD3 sparsity 0.9, rule momentum": ("1,000,000", "500", "1,500"),
+        "DS-TD3 sparsity 0.9, rule momentum, total-timesteps 100,000": ("100,000", "700", "1,700"),
+    }
+    legend = analysis.plot_beside(own, published).figure.axes[-1].get_legend()
+    drawn = [text.get_text() for text in legend.get_texts()]
+    assert "DS-TD3 sparsity 0.9, published" in drawn and len(drawn) == 4
 
 
 @pytest.mark.parametrize("missing", ["own", "published"])
