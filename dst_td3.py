@@ -215,9 +215,9 @@ def erdos_renyi_topology(shape: tuple[int, ...], connections: int, rng: Generato
 def adaptation_due(update: int, period: int, args: Arguments) -> bool:
     """Tell whether a network that learns every ``period`` updates is adapted after one: piece 2, the schedule.
 
-    An adaptation is due every ``adapt_interval`` (e) steps, since a new connection needs time to grow before its
-    magnitude says anything of its worth; a network that does not learn at that very step adapts when it learns next.
-    Nothing changes any more in the last ``1 - adapt_until`` of a run, as in the authors' code.
+    An adaptation is due every ``adapt_interval`` (e) steps: a new connection needs time to grow before its magnitude
+    tells its worth. The actor learns more rarely than the critics, and adapts when it learns next. Nothing changes any
+    more in the last ``1 - adapt_until`` of a run, as in the authors' code.
     """
     interval = args.adapt_interval * args.updates_per_step
     last = args.adapt_until * args.total_timesteps * args.updates_per_step
@@ -272,7 +272,7 @@ def prune_target(target: Tensor, support: Tensor, connections: int) -> None:
     become dense. ``target`` is [..., inputs, outputs] and is changed in place; ``support``, from ``target_support``,
     are the positions where it can be non-zero. A layer with no more than ``connections`` of them is left alone.
     """
-    surplus = support.shape[-1] - connections  # counts zeros, the smallest of all, before it takes any weight
+    surplus = support.shape[-1] - connections  # positions to be zeroed; those that are zero already go first
     if surplus <= 0:
         return
     supports = support.view(-1, support.shape[-1])
@@ -335,7 +335,7 @@ class MaskedNetwork:
         self.layers = [Layer(*(torch.tensor(array, device=args.device) for array in layer)) for layer in layers]
         self.target = [Layer(*(tensor.clone() for tensor in layer)) for layer in self.layers]  # its masks are unused
         self.supports = [target_support(layer.weight, layer.mask) for layer in self.layers]
-        self.connections = [support.shape[-1] for support in self.supports]  # since a target starts as a copy
+        self.connections = [int(layer.mask.count_nonzero(dim=(-2, -1)).max()) for layer in self.layers]
         self.parameters = [tensor.requires_grad_() for layer in self.layers for tensor in (layer.weight, layer.bias)]
         rates = {"lr": args.learning_rate, "weight_decay": args.weight_decay}
         self.optimizer = torch.optim.Adam(self.parameters, **rates, fused=True)
@@ -380,6 +380,11 @@ class MaskedNetwork:
         """Return copies of the network's own layers, or of its target's, as numpy arrays."""
         layers = self.target if target else self.layers
         return [Layer(*(tensor.detach().cpu().numpy().copy() for tensor in layer)) for layer in layers]
+
+    def moment_arrays(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return copies of Adam's first and second moments of each layer's weights, as numpy arrays."""
+        states = (self.optimizer.state[layer.weight] for layer in self.layers)
+        return [tuple(state[name].cpu().numpy().copy() for name in ("exp_avg", "exp_avg_sq")) for state in states]
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Return everything that training changes, as numpy arrays by name."""
@@ -552,7 +557,12 @@ class TD3:
             network.adapt(rng, *self.scores(network, buffer, rng))
 
     def scores(self, network, buffer: ReplayBuffer, rng: Generator) -> tuple[list | None, list | None]:
-        """Return drop and growth scores, arrays [..., inputs, outputs] of sparse layers; None is the paper's rule."""
+        """Return drop and growth scores, a list each of arrays [..., inputs, outputs]; None is the paper's rule.
+
+        Called when ``network`` adapts, right after its update; a list has an array for each layer but the last. Of drop
+        scores the smallest magnitudes go, in each sign's own share; growth scores count where no connection is. The
+        network has ``layer_arrays()`` and ``moment_arrays()``.
+        """
         return None, None
 
     def policy_layers(self) -> list[Layer]:
@@ -849,7 +859,7 @@ def provenance() -> dict:
     """Return the versions, the git commit of this file and the machine that a run is made with."""
     file, folder = Path(__file__).name, Path(__file__).resolve().parent
     git = f"git ls-files --error-unmatch {file} >&2 && git rev-parse HEAD"  # no commit of others who install this
-    git += " && git diff --name-only HEAD -- '*.py'"  # new figures are no other code
+    git += " && git status --porcelain -- '*.py'"  # new figures are no other code
     answer = subprocess.run(git, shell=True, cwd=folder, capture_output=True, text=True).stdout.split()
     commit = answer[0] + ("-dirty" if answer[1:] else "") if answer else None
     packages = filter(importlib.util.find_spec, ("torch", "gymnasium", "mujoco", "numpy", "numba", "llvmlite", "scipy"))

@@ -321,6 +321,15 @@ class SparseNetwork:
             dense.append(tuple(map(self._stacked, zip(*stack, strict=True))))
         return dense
 
+    def moment_arrays(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return copies of Adam's first and second moments of each layer's weights as dense arrays."""
+        moments = self.arrays.first_moment, self.arrays.second_moment
+        stacks = [self.blocks[layer :: self.depth] for layer in range(self.depth)]
+        return [
+            tuple(self._stacked([self._dense(block, values)[0] for block in stack]) for values in moments)
+            for stack in stacks
+        ]
+
     def _stacked(self, arrays) -> np.ndarray:
         """Return one array of each network of the stack as one, with the leading axes of the layers at the start."""
         return np.reshape(arrays, (*self.networks, *arrays[0].shape))

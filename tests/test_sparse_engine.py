@@ -476,3 +476,19 @@ def test_a_diverged_network_shows():
     agent.load_state_dict(state)
     assert np.isnan(agent.act(this.buffer.batch(this.buffer.draw(1, rng)).observation[0])).any()
     assert math.isnan(agent.engine.update_actor(this.buffer, this.buffer.draw(8, rng))["actor_loss"])
+
+
+def test_both_engines_tell_the_same_moments():
+    this = case()
+    agents = {engine: this.agent(engine) for engine in ("masked", "sparse")}
+    for agent, rng in agents.values():
+        this.train(agent, rng, range(1, 15))
+    masked, sparse = (agent.networks for agent, _ in agents.values())
+    for name, network in masked.items():
+        layers = network.layer_arrays()
+        for ours, theirs, (weight, mask, _) in zip(
+            network.moment_arrays(), sparse[name].moment_arrays(), layers, strict=True
+        ):
+            for moment, expected in zip(ours, theirs, strict=True):
+                assert moment.shape == weight.shape and moment.any() and not moment[mask == 0].any()
+                np.testing.assert_allclose(moment, expected, rtol=1e-6, atol=1e-15)
