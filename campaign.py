@@ -139,6 +139,9 @@ def runs_of(row: Row, options: str, agent: str, given: argparse.Namespace) -> li
     parsed = tyro.cli(kind, args=[*agent.split(), *options, *where], prog=row.program)
     if parsed.seed != kind.seed:
         reject("--seed cannot stand after --: --seeds N makes seeds 0 to N-1")
+    if given.program and steps < 2 * parsed.learning_starts:
+        random = f"the first {parsed.learning_starts} steps of {steps} are random actions: --learning-starts sets that"
+        print(f"{row.program}: {random}", file=sys.stderr)
     for seed in range(given.seeds):
         args, policy, initial = resolve(dataclasses.replace(parsed, seed=seed)), None, []
         if row.begins_with is not None:
@@ -226,6 +229,8 @@ def main() -> int:
     pool = Pool(given.jobs, logs)
     try:
         pool.work([run for run in runs if not run.is_done()], Progress(pool, runs))
+        if given.program and not pool.failed:
+            print(f"to draw them beside the published runs: python analysis.py {shlex.quote(str(given.results))}")
         for job in () if given.program else final_jobs(given):
             print(f"{job.name}: {job.command}", flush=True)
             pool.work([job])

@@ -45,7 +45,7 @@ def place(monkeypatch):
     """Stay in the repository, undo what a campaign sets in this process, and show times by no runs but a test's own."""
     monkeypatch.chdir(REPOSITORY)
     monkeypatch.setenv("RESULTS_DIR", "")
-    monkeypatch.setattr(campaign, "RESULTS", Path("nowhere"))
+    monkeypatch.setattr(campaign, "PUBLISHED", Path("nowhere"))
     monkeypatch.setattr(sys, "path", [*sys.path])
     handler = signal.getsignal(signal.SIGHUP)
     yield
@@ -243,7 +243,7 @@ def test_list_estimates_the_time_from_finished_runs(run_campaign, monkeypatch, t
     _, _, estimate = run_campaign("--list", "--results-dir", tmp_path)
     assert "309 of them not finished" in estimate
     assert "TD3: about 260.0 core-hours for all 260, 259.0 for the 259 missing ones (by 1 finished run" in estimate
-    assert "SAC: no run is finished yet" in estimate
+    assert "SAC: no run of half as many steps is finished" in estimate
     # SAC's runs have costs of their own.
     run = tmp_path / "Hopper-v4" / "ds-sac_sparsity=0.5" / "seed0"
     run.mkdir(parents=True)
@@ -259,7 +259,7 @@ def test_list_estimates_the_time_from_finished_runs(run_campaign, monkeypatch, t
     hours = {"Hopper-v4 td3": 5 * 1, "Humanoid-v4 td3": 5 * 3, "all others": 250 * 2}
     assert f"TD3: about {sum(hours.values()):.1f} core-hours for all 260, {sum(hours.values()) - 4:.1f} for" in estimate
     # A folder that knows nothing is told by the results that come with the repository, of runs of another length too.
-    monkeypatch.setattr(campaign, "RESULTS", tmp_path)
+    monkeypatch.setattr(campaign, "PUBLISHED", tmp_path)
     _, _, estimate = run_campaign("--list", "--steps", 500_000, "--results-dir", tmp_path / "empty")
     half = sum(hours.values()) / 2
     assert f"TD3: about {half:.1f} core-hours for all 260, {half:.1f} for the 260 missing ones (by 2 fini" in estimate
