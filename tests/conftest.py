@@ -1,4 +1,4 @@
-"""What several test files share: running the command line, here or in a process of its own, and torch's own modules."""
+"""What several test files share: running the command line, here or apart, and reading what runs leave."""
 
 import csv
 import inspect
@@ -19,6 +19,8 @@ import pytest
 import torch
 
 import dst_td3
+
+pytest.register_assert_rewrite("engines")
 
 # How long an example takes is the machine's matter, and the examples are the same at each run.
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)
@@ -182,20 +184,3 @@ def read_table(text: str) -> list[dict[str, str]]:
     lines = [line for line in text.splitlines() if line.startswith("|")]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     return [dict(zip(cells[0], row, strict=True)) for row in cells[2:]]
-
-
-def torch_module(layers: list[dst_td3.Layer], index=...) -> torch.nn.Sequential:
-    """Return torch's own network with the weights of one of ours, which is number ``index`` where they are stacked."""
-    parts = []
-    for layer in layers:
-        weight, bias = (torch.as_tensor(array)[index].detach() for array in (layer.weight, layer.bias))
-        linear = torch.nn.Linear(*weight.shape, dtype=weight.dtype)
-        linear.weight.data, linear.bias.data = weight.T.clone(), bias[0].clone()
-        parts += [linear, torch.nn.ReLU()]
-    return torch.nn.Sequential(*parts[:-1])
-
-
-def assert_same_parameters(network: torch.nn.Sequential, expected: torch.nn.Sequential, **close: float) -> None:
-    """Require that two networks have the same parameters, as close as torch's ``assert_close`` is told."""
-    for ours, theirs in zip(network.parameters(), expected.parameters(), strict=True):
-        torch.testing.assert_close(ours, theirs, **close)
