@@ -184,18 +184,6 @@ def test_the_actors_bounds_are_respected():
     assert actions.dtype == np.float32
 
 
-@pytest.mark.parametrize("sparsity", [0.0, 0.7])
-def test_a_policy_file_acts_as_the_agent(tmp_path, sparsity):
-    agent = make_agent(sparsity=sparsity)
-    train(agent, range(1, 9))
-    dst_td3.save_policy(tmp_path / "policy.npz", agent.engine.actor.layer_arrays(), agent.bounds, "Some-v0")
-    act = dst_td3.load_policy(tmp_path / "policy.npz", "Some-v0")
-    observation = np.random.default_rng(0).standard_normal(OBSERVATIONS)
-    np.testing.assert_array_equal(act(observation), agent.act(observation))
-    with pytest.raises(dst_td3.InputError, match="not for Other-v0"):
-        dst_td3.load_policy(tmp_path / "policy.npz", "Other-v0")
-
-
 def test_a_population_is_one_more_leading_axis():
     """Three agents stacked on a leading axis compute what each computes alone."""
     args = Arguments(sparsity=0.5, hidden=(16, 12))

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ADAPTING_RECIPE, FIGURES, FOUR, RECIPE, read_table
+from runs import ADAPTING_RECIPE, FIGURES, FOUR, RECIPE, read_table
 from scipy import stats
 
 import analysis

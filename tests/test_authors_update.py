@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SHORT, assert_refused, assert_same_bytes, killed_after, run_directory
 from engines import make_agent, moments, train
+from runs import SHORT, assert_refused, assert_same_bytes, killed_after, run_directory
 
 import dst_td3
 from dense_moments import DenseMomentsArguments

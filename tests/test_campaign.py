@@ -15,8 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ADAPTING_RECIPE, FIGURES, FOUR, RECIPE
 from gymnasium.wrappers import TimeLimit
+from runs import ADAPTING_RECIPE, FIGURES, FOUR, RECIPE
 
 import campaign
 import dst_sac

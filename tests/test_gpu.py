@@ -4,8 +4,8 @@ import dataclasses
 
 import numpy as np
 import pytest
-from conftest import needs_gpu
 from engines import DEFAULTS, case, sac_case
+from runs import needs_gpu
 
 from dense_moments import DenseMomentsArguments
 from high_sparsity import HighSparsityArguments

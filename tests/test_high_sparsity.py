@@ -6,9 +6,9 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from conftest import ADAPTING_RECIPE, SHORT, assert_refused, assert_same_bytes, killed_after, run_directory
 from engines import ACTIONS, DEFAULTS, OBSERVATIONS, Case, Pair, case, cases, make_agent, random_buffer, train
 from hypothesis import HealthCheck, given, settings
+from runs import ADAPTING_RECIPE, SHORT, assert_refused, assert_same_bytes, killed_after, run_directory
 
 import dst_td3
 import high_sparsity

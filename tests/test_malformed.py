@@ -14,9 +14,9 @@ from unittest import mock
 import gymnasium
 import numpy as np
 import pytest
-from conftest import PROGRAM, Killed
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from runs import PROGRAM, Killed
 
 import dst_td3
 import watch

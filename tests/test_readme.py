@@ -8,7 +8,7 @@ import statistics
 from pathlib import Path
 
 import pytest
-from conftest import ADAPTING_RECIPE, RECIPE, read_table
+from runs import ADAPTING_RECIPE, RECIPE, read_table
 
 import dst_td3
 

@@ -8,7 +8,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import SHORT, assert_refused, assert_same_bytes, killed_after, rows_of, run_directory
 from engines import (
     SAC_DEFAULTS,
     Case,
@@ -24,6 +23,7 @@ from engines import (
     torch_module,
 )
 from hypothesis import HealthCheck, given, settings
+from runs import SHORT, assert_refused, assert_same_bytes, killed_after, rows_of, run_directory
 from torch.distributions import Normal, TanhTransform, TransformedDistribution
 
 import dst_sac
@@ -310,17 +310,6 @@ def test_a_state_without_a_temperature_is_rejected():
     del state["log_temperature"]
     with pytest.raises(KeyError):
         agent.load_state_dict(state)
-
-
-@pytest.mark.parametrize("engine", ["masked", "sparse"])
-def test_a_policy_file_acts_as_the_agents_mean(tmp_path, engine):
-    this = sac_case(dtype=np.float32)
-    agent, rng = this.agent(engine)
-    this.train(agent, rng, range(1, 12))
-    dst_td3.save_policy(tmp_path / "policy.npz", agent.policy_layers(), this.bounds, "Hopper-v4")
-    observation = np.random.default_rng(0).standard_normal(5)
-    loaded = dst_td3.load_policy(tmp_path / "policy.npz", "Hopper-v4")
-    np.testing.assert_allclose(loaded(observation), agent.act(observation), atol=1e-6)
 
 
 @pytest.mark.parametrize("engine", ["masked", "sparse"])
