@@ -149,9 +149,9 @@ def command_line(command_line):
 
 def test_a_killed_run_resumes_to_the_same_bytes(command_line, tmp_path):
     """Its topology is not that of the moments."""
-    given = [*SHORT, "--total-timesteps", 1000]
+    given = [*SHORT, "--total-timesteps", 800]
     assert command_line(*given, "--results-dir", tmp_path / "unbroken")[0] == 0
-    with killed_after(600):
+    with killed_after(500):
         command_line(*given, "--results-dir", tmp_path / "stopped")
     assert command_line(*given, "--results-dir", tmp_path / "stopped")[0] == 0
     assert_same_bytes(run_directory(tmp_path / "stopped"), run_directory(tmp_path / "unbroken"))

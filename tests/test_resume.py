@@ -64,7 +64,7 @@ def test_a_second_signal_stops_at_once(command_line, tmp_path):
 @pytest.mark.parametrize(
     "further",
     [
-        "--engine masked --total-timesteps 1200",
+        "--engine masked --total-timesteps 800",
         "--buffer-size 500",
         pytest.param("--device cuda", marks=needs_gpu),
     ],
@@ -73,7 +73,7 @@ def test_other_runs_resume_to_the_same_bytes_too(command_line, tmp_path, further
     """The other engine, a buffer smaller than the run, and a GPU."""
     arguments = [*SHORT, *further.split()]
     assert command_line(*arguments, "--results-dir", tmp_path / "unbroken")[0] == 0
-    with killed_after(700):
+    with killed_after(500):
         command_line(*arguments, "--results-dir", tmp_path / "stopped")
     assert command_line(*arguments, "--results-dir", tmp_path / "stopped")[0] == 0
     assert_same_bytes(run_directory(tmp_path / "stopped"), run_directory(tmp_path / "unbroken"))

@@ -355,13 +355,13 @@ def test_it_learns_to_balance_a_pole(command_line, tmp_path, further):
     assert returns[0] < 100 and max(returns) > 900, output
 
 
-@pytest.mark.parametrize("further", ["--learn-temperature", "--engine masked --total-timesteps 1200"])
+@pytest.mark.parametrize("further", ["--learn-temperature", "--engine masked --total-timesteps 800"])
 def test_a_killed_run_resumes_to_the_same_bytes(command_line, tmp_path, further):
     """Killed twice: while it explores at random, and while it learns with adapted topologies."""
     arguments = [*SHORT, "--batch-size", 100, "--target-interval", 70, *further.split()]
     assert command_line(*arguments, "--results-dir", tmp_path / "unbroken")[0] == 0
     stopped = tmp_path / "stopped"
-    for step in (150, 700):
+    for step in (150, 500):
         with killed_after(step):
             command_line(*arguments, "--results-dir", stopped)
     assert not list(stopped.rglob("summary.json"))
