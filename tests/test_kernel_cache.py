@@ -70,7 +70,8 @@ def test_kernels_are_compiled_once_and_after_an_edit(copy):
     (kept,) = copy.kept
     assert list(kept.rglob("*.nbc"))
     assert copy.run() == (first, "")
-    copy.edit("kernels.py", "magnitude > limit else 0", "magnitude > limit else 9")  # in zero_up_to, which the kernel calls
+    # In zero_up_to, which the kernel calls.
+    copy.edit("kernels.py", "magnitude > limit else 0", "magnitude > limit else 9")
     second, notice = copy.run()
     assert second != first and notice.startswith(NOTICE)
     assert len(copy.kept) == 2 and kept in copy.kept, "what another process may be using stays for a day"
