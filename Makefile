@@ -17,8 +17,8 @@ test: $(VENV)/installed
 # A little of everything, in two minutes.
 smoke: $(VENV)/installed
 	$(VENV)/bin/python -m pytest tests/test_topology.py tests/test_agent.py tests/test_authors_update.py \
-		tests/test_environments.py tests/test_rules.py tests/test_statistics.py tests/test_readme.py
-	$(VENV)/bin/python -m pytest tests/test_training.py -k "bytes or describe or named"
+		tests/test_environments.py tests/test_rules.py tests/test_statistics.py tests/test_readme.py \
+		tests/test_command_line.py tests/test_training.py tests/test_folders.py -k "not balance"
 
 benchmark: $(VENV)/installed $(PEERS)/installed
 	$(VENV)/bin/python benchmarks/benchmark.py --peers $(PEERS)/bin/python

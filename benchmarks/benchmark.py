@@ -30,17 +30,14 @@ import numpy as np
 import pandas as pd
 import torch
 import tyro
-from llvmlite import ir
-from numba import types
-from numba.core import cgutils
-from numba.extending import intrinsic
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import roofline  # noqa: E402
+
 import dst_sac  # noqa: E402
 import dst_td3  # noqa: E402
-from sparse_engine.kernels import VECTOR_BYTES, Activations, Arrays, Emitter, activations, backward, forward  # noqa: E402
 
 OBSERVATIONS, ACTIONS, BATCH = 17, 6, 100  # HalfCheetah-v4 and the paper's batch
 BOUNDS = (-np.ones(ACTIONS, np.float32), np.ones(ACTIONS, np.float32))
@@ -48,9 +45,6 @@ PAPERS_CONNECTIONS = 32_768  # of a 256 x 256 layer at sparsity 0.5
 PEERS = ("rltools", "stable-baselines3", "sbx")
 LEARNING_STARTS = 1000
 STEPS = 1000  # of a block of training
-CACHED = 4096  # float32 elements whose loads the kernels' limits measure: half of a small first-level cache
-LIMIT_SUMS = 12  # more than a multiply-add's latency asks for; with their factors they still fit in 16 registers
-LIMIT_STEP = LIMIT_SUMS * VECTOR_BYTES // 4  # elements
 
 
 @dataclass(frozen=True)
@@ -138,27 +132,6 @@ def state_bytes(agent) -> int:
     return total
 
 
-def held_bytes(holder, seen: set[int] | None = None) -> int:
-    """Count the bytes of all arrays and tensors that an object holds, each memory once."""
-    seen = set() if seen is None else seen
-    if isinstance(holder, torch.Tensor):
-        gradient = 0 if holder.grad is None else held_bytes(holder.grad, seen)
-        return gradient + held_bytes(holder.detach().numpy(), seen)
-    if isinstance(holder, np.ndarray):
-        while isinstance(holder.base, np.ndarray):
-            holder = holder.base
-        address = holder.ctypes.data
-        known, _ = address in seen, seen.add(address)
-        return 0 if known else holder.nbytes
-    if isinstance(holder, dict):
-        return sum(held_bytes(part, seen) for pair in holder.items() for part in pair)
-    if isinstance(holder, (list, tuple)):
-        return sum(held_bytes(part, seen) for part in holder)
-    if type(holder).__module__.startswith(("dst_td3", "sparse_engine.", "torch.optim.adam")):
-        return held_bytes(vars(holder), seen)
-    return 0
-
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Parts
 # ----------------------------------------------------------------------------------------------------------------------
@@ -197,10 +170,9 @@ def updates(options: Options) -> str:
         dense_bytes = rows[-len(agents)]["state_bytes"]
         for row in rows[-len(agents) :]:
             row["bytes_over_dense"] = row["state_bytes"] / dense_bytes
-    table = pd.DataFrame(rows)
-    table.round(4).to_csv(options.results_dir / "updates.csv", index=False)
-    plot_growth(table, options.results_dir / "growth.png")
-    return "## Time of an update and bytes of the agent's state\n\n" + markdown(table) + "\n\n![](growth.png)"
+    plot_growth(pd.DataFrame(rows), options.results_dir / "growth.png")
+    table = written(options, "updates", rows, digits=4)
+    return f"## Time of an update and bytes of the agent's state\n\n{table}\n\n![](growth.png)"
 
 
 def plot_growth(table: pd.DataFrame, path: Path) -> None:
@@ -234,13 +206,12 @@ def end_to_end(options: Options) -> str:
         **{f"ds-td3, sparsity {s}, recipe": (*recipe, "--sparsity", str(s)) for s in (0.9, 0.95)},
         "td3, width 77, recipe": (*recipe, "--method", "td3", "--hidden", "77", "77"),  # as many connections as 0.9
     }
-    table = train_in_turn(options, "td3", ours)
-    table.round(3).to_csv(options.results_dir / "end_to_end.csv", index=False)
-    return "## Steps a second of training on HalfCheetah-v4, without evaluations\n\n" + markdown(table)
+    table = written(options, "end_to_end", train_in_turn(options, "td3", ours))
+    return f"## Steps a second of training on HalfCheetah-v4, without evaluations\n\n{table}"
 
 
-def train_in_turn(options: Options, algorithm: str, ours: dict[str, tuple[str, ...]]) -> pd.DataFrame:
-    """Tabulate the steps a second of all libraries' ``algorithm`` and of ours, program and arguments given by name."""
+def train_in_turn(options: Options, algorithm: str, ours: dict[str, tuple[str, ...]]) -> list[dict]:
+    """Return rows: steps a second of all libraries' ``algorithm`` and of ours, program and arguments given by name."""
     with ExitStack() as running:
         steppers = {name: start_training(options.peers, [name, algorithm], running) for name in PEERS if options.peers}
         for name, arguments in ours.items():
@@ -253,7 +224,7 @@ def train_in_turn(options: Options, algorithm: str, ours: dict[str, tuple[str, .
         for library in filter(speeds.__contains__, PEERS):
             row[f"speedup_over_{library}"] = (speeds[name] / speeds[library]).median()
         rows.append(row)
-    return pd.DataFrame(rows)
+    return rows
 
 
 def sac(options: Options) -> str:
@@ -272,14 +243,19 @@ def sac(options: Options) -> str:
         learner = Learner(dst_td3.Run(args).agent)
         blocks[name] = functools.partial(learner.update, 100 if "torch" in name else STEPS)
     times = in_turn(blocks, options.repeats)
-    medians = {"implementation": times.columns, "microseconds": times.median().to_numpy()}
-    faster = times.iloc[:, [0]].to_numpy() / times
-    costs = pd.DataFrame(medians | {"speedup_over_dense": faster.median().to_numpy()})
-    costs.round(3).to_csv(options.results_dir / "sac_updates.csv", index=False)
-    table = train_in_turn(options, "sac", {name: ("dst_sac", *arguments) for name, arguments in ours.items()})
-    table.round(3).to_csv(options.results_dir / "sac_end_to_end.csv", index=False)
+    dense = times.iloc[:, 0]
+    costs = [
+        {
+            "implementation": name,
+            "microseconds": times[name].median(),
+            "speedup_over_dense": (dense / times[name]).median(),
+        }
+        for name in times
+    ]
+    steps = train_in_turn(options, "sac", {name: ("dst_sac", *arguments) for name, arguments in ours.items()})
+    tables = written(options, "sac_updates", costs), written(options, "sac_end_to_end", steps)
     title = "## SAC, batch 256: time of an update, steps a second of training on HalfCheetah-v4 without evaluations"
-    return f"{title}\n\n{markdown(costs)}\n\n{markdown(table)}"
+    return "\n\n".join([title, *tables])
 
 
 def start_training(python: Path, arguments: list[str], running: ExitStack) -> Callable[[], float] | None:
@@ -343,8 +319,8 @@ def step(options: Options) -> str:
         columns[label] = step_parts(run, options.repeats)
     order = columns[label].index  # a dense agent lacks the adaptation
     table = pd.DataFrame(columns).reindex(order).fillna(0).rename_axis("part").reset_index()
-    table.round(1).to_csv(options.results_dir / "step.csv", index=False)
-    return "## Where a training step's microseconds go, on HalfCheetah-v4\n\n" + markdown(table)
+    shown = written(options, "step", table, digits=1)
+    return f"## Where a training step's microseconds go, on HalfCheetah-v4\n\n{shown}"
 
 
 def step_parts(run: dst_td3.Run, repeats: int) -> pd.Series:
@@ -400,7 +376,7 @@ def inference(options: Options) -> str:
             sizes[name] = path.stat().st_size
     times = in_turn(blocks, options.repeats)
     dense = times.iloc[:, 0]
-    table = pd.DataFrame(
+    rows = [
         {
             "implementation": name,
             "microseconds_per_action": times[name].median(),
@@ -408,9 +384,9 @@ def inference(options: Options) -> str:
             "policy_bytes": sizes[name],
         }
         for name in times
-    )
-    table.round(3).to_csv(options.results_dir / "inference.csv", index=False)
-    return "## Latency of one action and bytes of the stored policy\n\n" + markdown(table)
+    ]
+    table = written(options, "inference", rows)
+    return f"## Latency of one action and bytes of the stored policy\n\n{table}"
 
 
 def memory(options: Options) -> str:
@@ -419,110 +395,32 @@ def memory(options: Options) -> str:
     for width, sparsity in ((1024, None), (1024, 0.5), (1024, 0.9), (2048, None), (2048, 0.5), (2048, 0.9)):
         measured = measure_alone("masked" if sparsity is None else "sparse", sparsity, width)
         rows.append({"width": width, "sparsity": sparsity or 0.0, **measured})
-    table = pd.DataFrame(rows)
-    table.to_csv(options.results_dir / "memory.csv", index=False)
+    table = written(options, "memory", rows, digits=6)
     return (
         "## Bytes of the agent's state, counted and seen\n\n"
-        "Counted: all arrays that the agent holds. Seen: how much the peak of the process's memory grew "
-        "while the agent was made from its first layers and learned; temporaries of the update are part of it.\n\n"
-        + markdown(table)
+        "Counted: weights, indices or masks, moments, gradients and targets, as in the first table. Seen: how much the "
+        "peak of the process's memory grew while the agent was made from its first layers and learned; room for a "
+        f"batch and temporaries of the update are part of it.\n\n{table}"
     )
-
-
-@numba.njit
-def repeat_forward(network: Arrays, room: Activations, times: int) -> None:
-    """Apply the first critic ``times`` times."""
-    for _ in range(times):
-        forward(network, 0, False, room)
-
-
-@numba.njit
-def repeat_backward(network: Arrays, room: Activations, times: int) -> None:
-    """Propagate gradients back through the first critic ``times`` times."""
-    for _ in range(times):
-        backward(network, 0, True, room, 0)
-
-
-def multiply_adds_of_loads(uses: int) -> Callable[[np.ndarray, int], float]:
-    """Compile the fastest multiply-adds on elements from the first-level cache, each loaded once for so many ``uses``.
-
-    It goes through ``values`` [CACHED + LIMIT_STEP] until it has loaded so many elements, in vectors of the kernels'
-    length, and keeps enough independent sums that no multiply-add waits for another.
-    """
-
-    @intrinsic
-    def run(typing, values, loads):
-        def codegen(context, builder, signature, arguments):
-            emitter = Emitter(context, builder, values.dtype)
-            data, first, lanes = emitter.data(values, arguments[0]), ir.Constant(arguments[1].type, 0), emitter.lanes
-            slots = [(i * lanes, lanes) for i in range(LIMIT_SUMS // uses)]
-            factors = [ir.Constant(ir.VectorType(emitter.element, lanes), [0.5 + use] * lanes) for use in range(uses)]
-            zero = ir.Constant(factors[0].type, [0.0] * lanes)
-            sums = [[emitter.variable(zero) for _ in factors] for _ in slots]
-            stride = ir.Constant(first.type, len(slots) * lanes)
-            with cgutils.for_range_slice(builder, first, arguments[1], stride) as (k, _):
-                row = builder.gep(data, [builder.and_(k, ir.Constant(k.type, CACHED - 1))])
-                for slot, totals in zip(slots, sums, strict=True):
-                    vector = emitter.load(row, slot)
-                    for total, factor in zip(totals, factors, strict=True):
-                        emitter.add_to(total, vector, factor)
-            total = functools.reduce(builder.fadd, [builder.load(total) for totals in sums for total in totals])
-            return builder.extract_element(emitter.sum_each([total]), ir.Constant(ir.IntType(32), 0))
-
-        return values.dtype(values, types.intp), codegen
-
-    return numba.njit(lambda values, loads: run(values, loads))
 
 
 def kernels(options: Options) -> str:
     """How fast the kernels multiply and add, against what loads and dense BLAS allow on the same machine."""
-    times, loads = 300, LIMIT_STEP * 10_000_000
-    values = torch.rand(CACHED + LIMIT_STEP).numpy()  # torch's memory begins at a cache line
-    dense = torch.randn(BATCH, 256), torch.randn(256, 256)
-
-    def speed(work: Callable[[], object], operations: float) -> Callable[[], float]:
-        def measured() -> float:
-            started = time.perf_counter()
-            work()
-            return operations / (time.perf_counter() - started) / 1e9
-
-        return measured
-
-    def multiply() -> None:
-        for _ in range(times):
-            dense[0] @ dense[1]
-
-    names = {1: "limit, a load for each multiply-add", 2: "limit, a load for two multiply-adds"}
-    blocks, limits = {}, {}
-    for uses, name in names.items():
-        work = functools.partial(multiply_adds_of_loads(uses), values, loads)
-        blocks[name], limits[name] = speed(work, 2.0 * uses * loads), name
-    blocks["dense BLAS, 256 x 256"] = speed(multiply, 2.0 * BATCH * 256 * 256 * times)
-    limits["dense BLAS, 256 x 256"] = names[2]
+    compared = roofline.limits(BATCH)
     for sparsity in (0.5, 0.8, 0.9, 0.95):
         network = make_agent("sparse", sparsity=sparsity)[0].engine.critics.arrays
-        room = activations(network, BATCH)
-        products = 2.0 * BATCH * len(network.input_index) / 2 * times
-        for kernel, repeat, uses in (("forward", repeat_forward, 1), ("backward", repeat_backward, 2)):
-            name = f"{kernel} of a critic, sparsity {sparsity}"
-            blocks[name] = speed(functools.partial(repeat, network, room, times), uses * products)
-            limits[name] = names[uses]
-    speeds = in_turn(blocks, options.repeats)
-    table = pd.DataFrame(
-        {
-            "kernel": name,
-            "gflops": speeds[name].median(),
-            "share_of_limit": (speeds[name] / speeds[limits[name]]).median(),
-        }
-        for name in speeds
-    )
-    table.round(3).to_csv(options.results_dir / "kernels.csv", index=False)
+        compared |= roofline.of_kernels(network, BATCH, f"sparsity {sparsity}")
+    speeds = in_turn({name: block for name, (block, _) in compared.items()}, options.repeats)
+    rows = [
+        {"kernel": name, "gflops": speeds[name].median(), "share_of_limit": (speeds[name] / speeds[limit]).median()}
+        for name, (_, limit) in compared.items()
+    ]
+    table = written(options, "kernels", rows)
     return (
         "## Speed of the kernels, in useful GFLOP/s\n\n"
         "The limits load vectors of the kernels' length from the first-level cache. The forward kernel uses what it "
         "loads for one multiply-add, the backward kernel for two, for the input's and for the weight's gradient: each "
-        "is compared with its own limit, and dense BLAS, which uses a load more often, with the second.\n\n"
-        + markdown(table)
+        "is compared with its own limit, and dense BLAS, which uses a load more often, with the second.\n\n" + table
     )
 
 
@@ -548,14 +446,12 @@ def gpu(options: Options) -> str:
             row = dict(zip(("implementation", "width", "sparsity"), key, strict=True))
             row |= {"updates_per_second": 1e6 / micro.median(), "microseconds": micro.median()}
             rows.append({**row, "speedup_over_dense_on_the_gpu": (times.iloc[:, 0] / micro).median()})
-    table = pd.DataFrame(rows)
-    table.round(3).to_csv(options.results_dir / "gpu_updates.csv", index=False)
     methods = {"td3": ("--method", "td3"), **{f"ds-td3, sparsity {s}": ("--sparsity", str(s)) for s in (0.5, 0.9)}}
     places = {on_gpu: ("--engine", "masked", "--device", "cuda"), on_core: ("--engine", "sparse")}
     ours = {f"{m}, {p}": ("dst_td3", *methods[m], *places[p]) for m, p in itertools.product(methods, places)}
     steps = train_in_turn(options, "td3", ours)
-    steps.round(3).to_csv(options.results_dir / "gpu_steps.csv", index=False)
-    return f"## A GPU, and one core beside it\n\n{markdown(table)}\n\n{markdown(steps)}"
+    tables = written(options, "gpu_updates", rows), written(options, "gpu_steps", steps)
+    return "\n\n".join(["## A GPU, and one core beside it", *tables])
 
 
 def measure_alone(*arguments: object) -> dict[str, float]:
@@ -577,7 +473,7 @@ def alone(engine: str, sparsity: str, width: str) -> None:
     before = resident()
     agent, _ = make_agent(engine, int(width), kept)
     Learner(agent).update(3)
-    print(json.dumps({"counted_megabytes": held_bytes(agent) / 1e6, "seen_megabytes": (resident() - before) / 1e6}))
+    print(json.dumps({"counted_megabytes": state_bytes(agent) / 1e6, "seen_megabytes": (resident() - before) / 1e6}))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -585,8 +481,15 @@ def alone(engine: str, sparsity: str, width: str) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+def written(options: Options, name: str, rows: list[dict] | pd.DataFrame, digits: int = 3) -> str:
+    """Write a table as name.csv, numbers to so many digits after the point, and return it as Markdown."""
+    table = pd.DataFrame(rows)
+    table.round(digits).to_csv(options.results_dir / f"{name}.csv", index=False)
+    return markdown(table)
+
+
 def markdown(table: pd.DataFrame) -> str:
-    """Write a table as Markdown."""
+    """Return a table as Markdown."""
 
     def shown(value: object) -> str:
         if not isinstance(value, float):

@@ -4,19 +4,17 @@ import csv
 import itertools
 import json
 import math
-import os
 import random
 import re
 import shutil
 import statistics
 import subprocess
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ADAPTING_RECIPE, FIGURES, FOUR, RECIPE, read_table
+from runs import ADAPTING_RECIPE, FIGURES, FOUR, RECIPE, read_table, run_here
 from scipy import stats
 
 import analysis
@@ -75,27 +73,6 @@ def make_all(folder: Path, write: bool = True) -> dict[str, list[dict[str, str]]
     if write:
         assert_figures_written(folder)
     return read_tables(folder)
-
-
-def execute(results: Path) -> dict[str, list[dict[str, str]]]:
-    """Execute the notebook itself on a results folder; return its tables, row by row, by name."""
-    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
-    done = subprocess.run(
-        ["jupyter", "execute", str(NOTEBOOK), f"--output={results / 'analysis'}"],
-        env={**os.environ, "PATH": path, "RESULTS_DIR": str(results)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    outputs = [
-        o for cell in json.loads((results / "analysis.ipynb").read_text())["cells"] for o in cell.get("outputs", [])
-    ]
-    assert all(output["output_type"] == "display_data" for output in outputs), "warnings or stray output"
-    assert sum("image/png" in output["data"] for output in outputs) == len(FIGURES)
-    assert_figures_written(results)
-    tables = read_tables(results)
-    assert sum("text/markdown" in output["data"] for output in outputs) == len(tables) + 1, "and what there is"
-    return tables
 
 
 def written_files(results: Path) -> dict[str, bytes]:
@@ -198,7 +175,7 @@ def unlike_the_papers(tmp_path_factory) -> dict[str, list[dict[str, str]]]:
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory):
-    """Write the paper's whole grid by hand and execute the notebook on it; return the tables and the returns."""
+    """Write the paper's whole grid by hand and make all of it; return the tables and the returns."""
     results, rng, written = tmp_path_factory.mktemp("whole"), random.Random(0), {}
     for env in ENVIRONMENTS:
         curves = ("td3", 3000, 3), ("static-td3", 2500, 3), ("ds-td3", 4000, 5), ("sac", 3500, 3), ("ds-sac", 4500, 4)
@@ -227,7 +204,7 @@ def whole(tmp_path_factory):
         "implementation,width,sparsity,microseconds,state_bytes\n"
         "torch dense,256,0.0,2400,6e6\nsparse engine,256,0.5,1700,5e6\nsparse engine,256,0.9,430,1e6\n"
     )
-    return execute(results), written
+    return make_all(results, write=False), written
 
 
 @pytest.fixture(scope="session")
@@ -698,13 +675,13 @@ def test_verdicts_are_open_until_every_cell_has_its_seeds(tmp_path):
 
 def test_verdicts_are_open_without_the_random_policy(tmp_path, monkeypatch):
     write_grid(tmp_path, range(5), "0" * 40)
-    assert verdicts_of(tmp_path)["1", "0 to 4"]["verdict"] == "**confirmed**"
-    assert verdicts_of(tmp_path)["6", "0 to 4"]["verdict"] == "open: a cell has no two seeds"
     monkeypatch.setattr(analysis, "ROOT", tmp_path)
     rows = verdicts_of(tmp_path)
     assert {rows[n, "0 to 4"]["verdict"] for n in "123456789"} == {"open: there is no random_policy.csv"}
     shutil.copy(NOTEBOOK.parent / "results" / "random_policy.csv", tmp_path)
-    assert verdicts_of(tmp_path)["1", "0 to 4"]["verdict"] == "**confirmed**"
+    rows = verdicts_of(tmp_path)
+    assert rows["1", "0 to 4"]["verdict"] == "**confirmed**"
+    assert rows["6", "0 to 4"]["verdict"] == "open: a cell has no two seeds"
 
 
 @pytest.mark.parametrize(("row", "claim"), [("return", analysis.ACROSS_TASKS[0]), ("LCA", analysis.ACROSS_TASKS[1])])
@@ -861,11 +838,10 @@ def test_the_command_draws_ones_own_runs_beside_the_published_and_prints_the_dif
     write_run(own, "Swimmer-v5", "td3", 0, CURVE)
     cut_lines(write_run(own, "Ant-v4", "td3", 0, CURVE) / "evaluations.csv", 50)
 
-    command = [sys.executable, analysis.__file__, own, "--beside", published]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr.startswith("analysis.py: left out: ") and f"{own}/Ant-v4/td3/seed0" in done.stderr
-    rows = read_table(done.stdout)
+    code, output, error = run_here(analysis.main, "analysis.py", own, "--beside", published)
+    assert code == 0, error
+    assert error.startswith("analysis.py: left out: ") and f"{own}/Ant-v4/td3/seed0" in error
+    rows = read_table(output)
     assert rows == read_table((own / "tables" / "beside.md").read_text())
     assert [(r["environment"], r["setting"], r["seeds"]) for r in rows[::2]] == [
         ("Hopper-v4", "DS-TD3", "3"),
@@ -920,12 +896,10 @@ def test_each_length_of_ones_own_runs_has_a_row_and_a_rule_of_ones_own_its_basel
 
 
 @pytest.mark.parametrize("missing", ["own", "published"])
-def test_the_command_refuses_a_folder_without_a_finished_run(tmp_path, monkeypatch, capsys, missing):
+def test_the_command_refuses_a_folder_without_a_finished_run(tmp_path, missing):
     for name in {"own", "published"} - {missing}:
         write_run(tmp_path / name, "Hopper-v4", "td3", 0, CURVE)
-    words = ["analysis.py", tmp_path / "own", "--beside", tmp_path / "published"]
-    monkeypatch.setattr(sys, "argv", list(map(str, words)))
-    assert analysis.main() == 2
-    output, error = capsys.readouterr()
-    assert not output and error == f"analysis.py: error: {tmp_path / missing} has no finished run that can be read\n"
+    answer = run_here(analysis.main, "analysis.py", tmp_path / "own", "--beside", tmp_path / "published")
+    said = f"analysis.py: error: {tmp_path / missing} has no finished run that can be read\n"
+    assert answer == (2, "", said)
     assert not (tmp_path / "own" / "figures").exists()

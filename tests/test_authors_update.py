@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SHORT, assert_refused, assert_same_bytes, killed_after, run_directory
-from test_agent import make_agent, moments, train
+from engines import make_agent, moments, train
+from runs import SHORT, assert_refused, assert_same_bytes, killed_after, run_directory
 
 import dst_td3
 from dense_moments import DenseMomentsArguments
@@ -149,9 +149,9 @@ def command_line(command_line):
 
 def test_a_killed_run_resumes_to_the_same_bytes(command_line, tmp_path):
     """Its topology is not that of the moments."""
-    given = [*SHORT, "--total-timesteps", 1000]
+    given = [*SHORT, "--total-timesteps", 800]
     assert command_line(*given, "--results-dir", tmp_path / "unbroken")[0] == 0
-    with killed_after(600):
+    with killed_after(500):
         command_line(*given, "--results-dir", tmp_path / "stopped")
     assert command_line(*given, "--results-dir", tmp_path / "stopped")[0] == 0
     assert_same_bytes(run_directory(tmp_path / "stopped"), run_directory(tmp_path / "unbroken"))

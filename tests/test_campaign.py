@@ -15,8 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ADAPTING_RECIPE, FIGURES, FOUR, RECIPE
 from gymnasium.wrappers import TimeLimit
+from runs import ADAPTING_RECIPE, FIGURES, FOUR, RECIPE, run_here
 
 import campaign
 import dst_sac
@@ -47,37 +47,18 @@ def place(monkeypatch):
     monkeypatch.setenv("RESULTS_DIR", "")
     monkeypatch.setattr(campaign, "PUBLISHED", Path("nowhere"))
     monkeypatch.setattr(sys, "path", [*sys.path])
-    handler = signal.getsignal(signal.SIGHUP)
-    yield
-    signal.signal(signal.SIGHUP, handler)
 
 
-@pytest.fixture
-def run_campaign(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
-    """Return a function that runs a campaign from this process and returns exit code, standard output and error."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["campaign.py", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            code = campaign.main()
-        except SystemExit as leaving:
-            code = leaving.code
-        return code, *capsys.readouterr()
-
-    return run
+def run_campaign(*arguments: object) -> tuple[int, str, str]:
+    """Run a campaign from this process; return exit code, standard output and standard error."""
+    return run_here(campaign.main, "campaign.py", *arguments)
 
 
-@pytest.fixture
-def commands(run_campaign) -> Callable[..., list[dst_td3.Arguments]]:
-    """Return a function that returns the arguments of every command of the list."""
-
-    def arguments(*options: object) -> list[dst_td3.Arguments]:
-        code, out, err = run_campaign("--list", *options)
-        assert code == 0, err
-        return [parsed(line) for line in out.splitlines()]
-
-    return arguments
+def commands(*options: object) -> list[dst_td3.Arguments]:
+    """Return the arguments of every command of the list."""
+    code, out, err = run_campaign("--list", *options)
+    assert code == 0, err
+    return [parsed(line) for line in out.splitlines()]
 
 
 def start(*arguments: object, **options) -> subprocess.Popen:
@@ -103,7 +84,7 @@ def parsed(command: str) -> dst_td3.Arguments:
     """Return the arguments of a command of the list as its program resolves them, which also checks every option."""
     python, program, *words = shlex.split(command)
     assert python == "python"
-    return dst_td3.resolve(dst_td3.tyro.cli(PROGRAMS[program], args=words))
+    return dst_td3.resolve(dst_td3.tyro.cli(PROGRAMS.get(program, dst_td3.Arguments), args=words))
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 240) -> None:
@@ -167,7 +148,7 @@ def test_help_and_what_the_environment_lacks_take_no_package():
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_list_covers_the_papers_grid_once(commands):
+def test_list_covers_the_papers_grid_once():
     listed = commands()
     cheetah, papers = "HalfCheetah-v4", dst_td3.Arguments.PAPER_LAMBDA
     expected = {(env, method, "") for env in papers for method in ("td3", "static-td3", "ds-td3")}
@@ -213,7 +194,7 @@ def test_list_covers_the_papers_grid_once(commands):
         (["sac"], 5),
     ],
 )
-def test_only_narrows_to_what_a_figure_needs(commands, only, count):
+def test_only_narrows_to_what_a_figure_needs(only, count):
     listed = commands("--seeds", 1, *(f"--only={name}" for name in only))
     assert len(listed) == count
     for args in listed:
@@ -222,18 +203,18 @@ def test_only_narrows_to_what_a_figure_needs(commands, only, count):
             assert int(args.initial_policy.stem.split("-")[1]) in kept.snapshot_at
 
 
-def test_shorter_runs_scale_what_figure_4_begins_with(commands):
+def test_shorter_runs_scale_what_figure_4_begins_with():
     listed = commands("--only", "fig4", "--seeds", 1, "--steps", 300_000)
     assert {a.total_timesteps for a in listed} == {300_000}
     assert {a.initial_policy.stem for a in listed if a.initial_policy} == {"policy-150000", "policy-210000"}
     assert {a.snapshot_at for a in listed if not a.initial_policy} == {(150_000, 210_000)}
 
 
-def test_quick_results_stay_apart(commands):
+def test_quick_results_stay_apart():
     assert {a.results_dir for a in commands("--quick", "--results-dir", "somewhere")} == {Path("somewhere/quick")}
 
 
-def test_list_estimates_the_time_from_finished_runs(run_campaign, monkeypatch, tmp_path):
+def test_list_estimates_the_time_from_finished_runs(monkeypatch, tmp_path):
     _, _, unknown = run_campaign("--list", "--results-dir", tmp_path)
     assert "310 runs of 1000000 steps, 310 of them not finished" in unknown and unknown.count("unknown") == 2
     run = tmp_path / "Hopper-v4" / "td3" / "seed0"
@@ -266,7 +247,7 @@ def test_list_estimates_the_time_from_finished_runs(run_campaign, monkeypatch, t
     assert f"runs in {tmp_path}, each" in estimate
 
 
-def test_list_knows_where_each_run_is(run_campaign, commands, tmp_path):
+def test_list_knows_where_each_run_is(tmp_path):
     options = ("--list", "--seeds", 1, "--results-dir", tmp_path)
     for args in commands(*options[1:]):
         run_directory(args).mkdir(parents=True)
@@ -276,7 +257,7 @@ def test_list_knows_where_each_run_is(run_campaign, commands, tmp_path):
     assert "62 runs of 300000 steps, 62 of them not finished" in run_campaign(*options, "--steps", 300_000)[2]
 
 
-def test_list_comes_even_where_a_run_is_damaged(run_campaign, tmp_path):
+def test_list_comes_even_where_a_run_is_damaged(tmp_path):
     options = ("--list", "--seeds", 1, "--results-dir", tmp_path)
     listed = run_campaign(*options)
     damaged = run_directory(parsed(listed[1].splitlines()[0]))
@@ -285,7 +266,7 @@ def test_list_comes_even_where_a_run_is_damaged(run_campaign, tmp_path):
     assert run_campaign(*options) == listed
 
 
-def test_a_row_takes_any_options(commands, monkeypatch):
+def test_a_row_takes_any_options(monkeypatch):
     rows = (
         campaign.Row("fig1", "Hopper-v4", "ds-td3", ("--hidden 32 32 --snapshot-at 50% 70% --sparsity 0.8",)),
         campaign.Row(
@@ -303,7 +284,7 @@ def test_a_row_takes_any_options(commands, monkeypatch):
     assert (other.drop_by, other.recycle_dormant, other.hidden) == ("magnitude", True, (32, 32))
 
 
-def test_results_may_lie_in_a_folder_with_spaces(commands, tmp_path):
+def test_results_may_lie_in_a_folder_with_spaces(tmp_path):
     folder = tmp_path / "my results"
     assert {args.results_dir for args in commands("--seeds", 1, "--results-dir", folder)} == {folder}
 
@@ -336,13 +317,13 @@ def test_results_may_lie_in_a_folder_with_spaces(commands, tmp_path):
         (["--program", "dst_sac.py", "--", "--temperature", "0"], "--temperature must be a positive number, not 0"),
     ],
 )
-def test_bad_input_gets_one_line_and_exit_code_2(run_campaign, arguments, said):
+def test_bad_input_gets_one_line_and_exit_code_2(arguments, said):
     code, out, err = run_campaign(*arguments)
     assert (code, out) == (2, "")
     assert err.startswith("campaign.py: error: ") and err.count("\n") == 1 and said in err
 
 
-def test_line_runs_one_line_of_the_list(run_campaign, tmp_path):
+def test_line_runs_one_line_of_the_list(tmp_path):
     options = ("--program", "dst_td3.py", "--quick", "--steps", 20, "--env", "Hopper-v4", "--results-dir", tmp_path)
     listed = run_campaign("--list", *options, *TINY)[1].splitlines()
     code, out, err = run_all(*options, "--line", 2, *TINY)
@@ -356,14 +337,37 @@ def test_line_runs_one_line_of_the_list(run_campaign, tmp_path):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
+# A program of one's own whose steps take longer, so that its runs can be stopped in the middle.
+SLOW = f"""
+import sys
+import time
+
+sys.path.append("{REPOSITORY}")
+from dst_td3 import Arguments, Run, main
+
+advance = Run.advance
+
+
+def slow(run):
+    time.sleep(0.002)
+    advance(run)
+
+
+if __name__ == "__main__":
+    Run.advance = slow
+    sys.exit(main())
+"""
+
+
 def made_at(results: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in results.rglob("summary.json")}
 
 
-def test_a_campaign_is_stopped_goes_on_and_ends(run_campaign, tmp_path):
+def test_a_campaign_is_stopped_goes_on_and_ends(tmp_path):
     """Ctrl-C on a terminal, then SIGTERM; the printed command goes on each time, and no step is made twice."""
-    options = ("--program", "dst_td3.py", "--env", "Hopper-v4", "--steps", 3000, "--seeds", 3, "--jobs", 2)
-    tiny = (*TINY, "--learning-starts", "400", "--eval-interval", "200", "--eval-episodes", "1")
+    (tmp_path / "slow.py").write_text(SLOW)
+    options = ("--program", tmp_path / "slow.py", "--env", "Hopper-v4", "--steps", 1500, "--seeds", 3, "--jobs", 2)
+    tiny = (*TINY, "--learning-starts", "1400", "--eval-interval", "100", "--eval-episodes", "1")
     tiny = (*tiny, "--checkpoint-interval", "500", "--results-dir", "overridden")
     options = (*options, "--results-dir", tmp_path, *tiny)
     first, second, third = (run_directory(parsed(line)) for line in run_campaign("--list", *options)[1].splitlines())
@@ -422,7 +426,7 @@ def test_a_campaign_is_stopped_goes_on_and_ends(run_campaign, tmp_path):
     assert run_campaign(*options) == (0, "", "") and made_at(tmp_path) == before
 
 
-def test_quick_pipeline_failing_then_whole(command_line, run_campaign, tmp_path, monkeypatch):
+def test_quick_pipeline_failing_then_whole(command_line, tmp_path, monkeypatch):
     """One pass through the whole grid, from an empty folder to every figure, with everything that can come between."""
     options = ("--quick", "--seeds", 1, "--steps", 40, "--jobs", 2, "--results-dir", tmp_path)
     listed = {parsed(line): line for line in run_campaign("--list", *options)[1].splitlines()}
@@ -442,7 +446,7 @@ def test_quick_pipeline_failing_then_whole(command_line, run_campaign, tmp_path,
     (of_sac,) = named("Humanoid-v4", "ds-sac")
     left = {dense, *beginning_with_it, of_sac}
     evaluate = dst_td3.evaluate
-    monkeypatch.setattr(dst_td3, "evaluate", lambda act, env, *rest: evaluate(act, TimeLimit(env, 50), *rest))
+    monkeypatch.setattr(dst_td3, "evaluate", lambda act, env, *rest: evaluate(act, TimeLimit(env, 10), *rest))
     for args, line in listed.items():
         if args not in left:
             _, program, *words = shlex.split(line)
@@ -483,7 +487,12 @@ def test_quick_pipeline_failing_then_whole(command_line, run_campaign, tmp_path,
             assert (tmp_path / "quick" / kind / f"{name}.{suffix}").stat().st_size > 0
     assert (tmp_path / "quick" / "figures" / "fig1_learning_curves.png").stat().st_size > 10_000
     assert "missing" not in (tmp_path / "quick" / "tables" / "coverage.md").read_text().replace("seeds missing", "")
-    assert json.loads((tmp_path / "quick" / "analysis.ipynb").read_text())["cells"]
+    cells = json.loads((tmp_path / "quick" / "analysis.ipynb").read_text())["cells"]
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    assert {output["output_type"] for output in outputs} == {"display_data"}, "warnings or stray output"
+    assert sum("image/png" in output["data"] for output in outputs) == len(FIGURES)
+    tables = list((tmp_path / "quick" / "tables").iterdir())
+    assert sum("text/markdown" in output["data"] for output in outputs) == len(tables) + 1, "and what there is"
 
 
 def test_what_the_kernel_kills_is_named_with_its_signal(capsys, tmp_path):
@@ -502,7 +511,7 @@ def test_what_the_kernel_kills_is_named_with_its_signal(capsys, tmp_path):
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_any_program_whose_arguments_subclass_ours(run_campaign, tmp_path):
+def test_any_program_whose_arguments_subclass_ours(tmp_path):
     options = (
         "--program",
         "examples/rigl.py",
@@ -540,7 +549,7 @@ def test_any_program_whose_arguments_subclass_ours(run_campaign, tmp_path):
         ),
     ],
 )
-def test_a_program_may_lie_anywhere_and_say_its_arguments_in_any_way(run_campaign, tmp_path, text, method):
+def test_a_program_may_lie_anywhere_and_say_its_arguments_in_any_way(tmp_path, text, method):
     (tmp_path / f"mine_{method}_{len(text)}.py").write_text(text)
     (program,) = tmp_path.glob("mine_*.py")
     code, out, err = run_campaign("--program", program, "--seeds", 2, "--list", "--", "--method", method)
@@ -553,7 +562,7 @@ def test_a_program_may_lie_anywhere_and_say_its_arguments_in_any_way(run_campaig
 # ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_slurm_submits_what_is_missing(run_campaign, commands, monkeypatch, tmp_path):
+def test_slurm_submits_what_is_missing(monkeypatch, tmp_path):
     """What sbatch is asked to do, where no sbatch need be there."""
     asked = []
 
@@ -598,7 +607,7 @@ def test_slurm_submits_what_is_missing(run_campaign, commands, monkeypatch, tmp_
     assert run_campaign(*options, "--slurm")[:2] == (3, "")
 
 
-def test_slurm_is_refused_where_there_is_none(run_campaign, monkeypatch, tmp_path):
+def test_slurm_is_refused_where_there_is_none(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     code, _, err = run_campaign("--slurm", "--results-dir", tmp_path / "results")
     assert (code, err.count("\n")) == (2, 1) and "--slurm needs sbatch" in err
@@ -612,7 +621,7 @@ def slurm(*command: str) -> str:
     shutil.which("sbatch") is None or subprocess.run(["sinfo"], capture_output=True).returncode != 0,
     reason="no Slurm on this machine",
 )
-def test_slurm_task_requeued_in_the_middle_ends_with_the_same_bytes(run_campaign, tmp_path):
+def test_slurm_task_requeued_in_the_middle_ends_with_the_same_bytes(tmp_path):
     options = (
         "--quick",
         "--seeds",

@@ -4,9 +4,8 @@ import dataclasses
 
 import numpy as np
 import pytest
-from conftest import needs_gpu
-from test_sac import sac_case
-from test_sparse_engine import DEFAULTS, case
+from engines import DEFAULTS, case, sac_case
+from runs import needs_gpu
 
 from dense_moments import DenseMomentsArguments
 from high_sparsity import HighSparsityArguments

@@ -6,10 +6,9 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from conftest import ADAPTING_RECIPE, SHORT, assert_refused, assert_same_bytes, killed_after, run_directory
+from engines import ACTIONS, DEFAULTS, OBSERVATIONS, Case, Pair, case, cases, make_agent, random_buffer, train
 from hypothesis import HealthCheck, given, settings
-from test_agent import ACTIONS, OBSERVATIONS, make_agent, random_buffer, train
-from test_sparse_engine import DEFAULTS, Case, Pair, case, cases
+from runs import ADAPTING_RECIPE, SHORT, assert_refused, assert_same_bytes, killed_after, run_directory
 
 import dst_td3
 import high_sparsity
@@ -186,9 +185,9 @@ def test_bad_input_gets_one_clear_line_and_exit_code_2(command_line, tmp_path, g
 
 @pytest.mark.parametrize("engine", ["masked", "sparse"])
 def test_a_killed_run_resumes_to_the_same_bytes(command_line, tmp_path, engine):
-    given = [*SHORT, "--sparsity", 0.9, "--total-timesteps", 1000, "--engine", engine]
+    given = [*SHORT, "--sparsity", 0.9, "--total-timesteps", 800, "--engine", engine]
     assert command_line(*given, "--results-dir", tmp_path / "unbroken")[0] == 0
-    with killed_after(600):
+    with killed_after(500):
         command_line(*given, "--results-dir", tmp_path / "stopped")
     assert command_line(*given, "--results-dir", tmp_path / "stopped")[0] == 0
     stopped = run_directory(tmp_path / "stopped")

@@ -15,9 +15,9 @@ from unittest import mock
 import gymnasium
 import numpy as np
 import pytest
-from conftest import PROGRAM, Killed, assert_same_bytes
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from runs import PROGRAM, Killed, assert_same_bytes
 
 import dst_td3
 import watch

@@ -8,11 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SHORT, rows_of, run_directory
+from engines import DEFAULTS, Pair, case, make_agent, train
 from hypothesis import given
 from hypothesis import strategies as st
-from test_agent import make_agent, train
-from test_sparse_engine import DEFAULTS, Pair, case
+from runs import SHORT, rows_of, run_directory
 from test_topology import per_network, random_layer, seeds, shapes
 
 import dst_td3

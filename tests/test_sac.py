@@ -1,7 +1,6 @@
 """DS-SAC: SAC as the textbook has it, by either engine, in runs that learn, resume and refuse as TD3's do."""
 
 import copy
-import dataclasses
 import functools
 import json
 import math
@@ -9,48 +8,29 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import (
-    SHORT,
-    assert_refused,
-    assert_same_bytes,
+from engines import (
+    SAC_DEFAULTS,
+    Case,
+    Pair,
+    as_sac,
     assert_same_parameters,
-    killed_after,
-    rows_of,
-    run_directory,
+    bytes_of,
+    case,
+    cases,
+    loaded,
+    sac_case,
+    sparse_layers,
     torch_module,
 )
 from hypothesis import HealthCheck, given, settings
-from test_sparse_engine import Case, Pair, bytes_of, case, cases, loaded, sparse_layers
+from runs import SHORT, assert_refused, assert_same_bytes, killed_after, rows_of, run_directory
 from torch.distributions import Normal, TanhTransform, TransformedDistribution
 
 import dst_sac
 import dst_td3
 from dst_sac import SAC, SACArguments
 
-DEFAULTS = SACArguments(adapt_interval=8, drop_fraction=0.2, target_interval=5)
 TD3_ONLY = ("policy-noise", "noise-clip", "exploration-noise", "policy-frequency", "tau", "initial-policy")
-
-
-class SACCase(Case):
-    """A SAC agent, whose actor has a mean and a deviation for each action."""
-
-    def layers(self):
-        """Return the first layers of actor and critics, and the generator that drew them and goes on to be used."""
-        widths, counts = ([*n[:-1], 2 * n[-1]] for n in (self.actor, self.actor_connections))
-        return Case.layers(dataclasses.replace(self, actor=widths, actor_connections=counts))
-
-
-def as_sac(this: Case, **changes) -> SACCase:
-    """Return the case for SAC, with the settings of its arguments that SAC has too."""
-    fields = {field.name: getattr(this, field.name) for field in dataclasses.fields(this)}
-    names = ("adapt_interval", "drop_fraction", "updates_per_step", "weight_decay")
-    own = {name: getattr(this.args, name) for name in names}
-    return SACCase(**fields | {"args": dataclasses.replace(DEFAULTS, **own | changes)})
-
-
-def sac_case(hidden=(24, 20), sparsity=0.6, arguments=None, **rest) -> SACCase:
-    """Return a case of the given widths and sparsity."""
-    return as_sac(case(hidden, sparsity, **rest), **arguments or {})
 
 
 class SACPair(Pair):
@@ -184,7 +164,7 @@ def test_a_dense_agent_is_the_textbooks(engine):
     ):
         assert_same_parameters(ours, expected, rtol=1e-7, atol=1e-10)
     assert agent.log_temperature[0] == pytest.approx(float(textbook.log_temperature.detach()), rel=1e-9)
-    assert agent.temperature != DEFAULTS.temperature
+    assert agent.temperature != SAC_DEFAULTS.temperature
 
 
 def assert_gradients(network, modules: list[torch.nn.Sequential]) -> None:
@@ -245,7 +225,7 @@ def test_a_learned_temperature_moves_towards_its_entropy():
         agent.engine.actor.layers[-1].bias.data[..., 3:] = log_std
         this.train(agent, rng, range(1, 6))
         assert (agent.losses["entropy"] + 3) * sign < 0
-        assert sign * (agent.temperature - DEFAULTS.temperature) > 1e-4
+        assert sign * (agent.temperature - SAC_DEFAULTS.temperature) > 1e-4
         assert agent.losses["temperature"] == agent.temperature
 
 
@@ -333,17 +313,6 @@ def test_a_state_without_a_temperature_is_rejected():
 
 
 @pytest.mark.parametrize("engine", ["masked", "sparse"])
-def test_a_policy_file_acts_as_the_agents_mean(tmp_path, engine):
-    this = sac_case(dtype=np.float32)
-    agent, rng = this.agent(engine)
-    this.train(agent, rng, range(1, 12))
-    dst_td3.save_policy(tmp_path / "policy.npz", agent.policy_layers(), this.bounds, "Hopper-v4")
-    observation = np.random.default_rng(0).standard_normal(5)
-    loaded = dst_td3.load_policy(tmp_path / "policy.npz", "Hopper-v4")
-    np.testing.assert_allclose(loaded(observation), agent.act(observation), atol=1e-6)
-
-
-@pytest.mark.parametrize("engine", ["masked", "sparse"])
 @pytest.mark.parametrize("kind", [case, sac_case])
 def test_actions_stay_within_bounds_that_rounding_would_leave(monkeypatch, kind, engine):
     """In float32, (1.1 + 3.7) / 2 + (1.1 - 3.7) / 2 is more than 1.1."""
@@ -386,13 +355,13 @@ def test_it_learns_to_balance_a_pole(command_line, tmp_path, further):
     assert returns[0] < 100 and max(returns) > 900, output
 
 
-@pytest.mark.parametrize("further", ["--learn-temperature", "--engine masked --total-timesteps 1200"])
+@pytest.mark.parametrize("further", ["--learn-temperature", "--engine masked --total-timesteps 800"])
 def test_a_killed_run_resumes_to_the_same_bytes(command_line, tmp_path, further):
     """Killed twice: while it explores at random, and while it learns with adapted topologies."""
     arguments = [*SHORT, "--batch-size", 100, "--target-interval", 70, *further.split()]
     assert command_line(*arguments, "--results-dir", tmp_path / "unbroken")[0] == 0
     stopped = tmp_path / "stopped"
-    for step in (150, 700):
+    for step in (150, 500):
         with killed_after(step):
             command_line(*arguments, "--results-dir", stopped)
     assert not list(stopped.rglob("summary.json"))

@@ -12,8 +12,8 @@ import gymnasium
 import imageio.v3
 import numpy as np
 import pytest
-from conftest import PROGRAM, finished_run, rows_of
 from gymnasium.envs.mujoco.hopper_v4 import HopperEnv
+from runs import PROGRAM, SHORT, rows_of, run_directory, run_here, train_here
 
 import dst_td3
 import watch
@@ -42,27 +42,17 @@ def run_watch(*arguments: object, **variables: str) -> subprocess.CompletedProce
     return subprocess.run(command(*arguments), env=NO_SCREEN | variables, capture_output=True, text=True)
 
 
-@pytest.fixture
-def watch_here(monkeypatch, capsys):
-    """Return a function that watches in this process and returns exit code, standard output and error."""
-    monkeypatch.setattr(signal, "signal", lambda number, handler: None)
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["watch.py", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            code = watch.main()
-        except SystemExit as leaving:
-            code = leaving.code
-        return code, *capsys.readouterr()
-
-    return run
+def watch_here(*arguments: object) -> tuple[int, str, str]:
+    """Watch in this process; return exit code, standard output and error."""
+    return run_here(watch.main, "watch.py", *arguments)
 
 
 @pytest.fixture(scope="session")
 def stand(tmp_path_factory):
     """The directory of a finished masked run whose Hopper falls after some tens of steps."""
-    return finished_run(tmp_path_factory.mktemp("watched"), "--engine", "masked")
+    results = tmp_path_factory.mktemp("watched")
+    assert train_here(*SHORT, "--engine", "masked", "--total-timesteps", 800, "--results-dir", results)[0] == 0
+    return run_directory(results)
 
 
 def test_watching_repeats_the_last_evaluation_without_a_screen_too(stand):
@@ -123,7 +113,7 @@ def test_drawing_changes_no_return():
         ("{unfinished}", "when it is finished"),
     ],
 )
-def test_what_cannot_be_watched_is_said_in_one_line(watch_here, stand, tmp_path, arguments, expected):
+def test_what_cannot_be_watched_is_said_in_one_line(stand, tmp_path, arguments, expected):
     unfinished = tmp_path / "unfinished"
     unfinished.mkdir()
     shutil.copy(stand / "config.json", unfinished)
@@ -137,12 +127,12 @@ def test_what_cannot_be_watched_is_said_in_one_line(watch_here, stand, tmp_path,
 
 
 @pytest.mark.parametrize("arguments", [(), ("{run}", "--seed", "1"), ("{run}", "--eval-episodes", "1")])
-def test_other_arguments_than_its_own_are_refused(watch_here, stand, arguments):
+def test_other_arguments_than_its_own_are_refused(stand, arguments):
     code, output, _ = watch_here(*(argument.format(run=stand) for argument in arguments))
     assert (code, output) == (2, "")
 
 
-def test_missing_graphics_are_said(watch_here, stand, tmp_path, monkeypatch):
+def test_missing_graphics_are_said(stand, tmp_path, monkeypatch):
     def fail(self):
         raise ImportError("no such library")
 
@@ -154,7 +144,7 @@ def test_missing_graphics_are_said(watch_here, stand, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_an_environment_that_fails_is_said_in_one_line_after_its_traceback(watch_here, stand, monkeypatch):
+def test_an_environment_that_fails_is_said_in_one_line_after_its_traceback(stand, monkeypatch):
     def fail(self, action):
         raise ValueError("of two\nlines")
 
@@ -259,7 +249,7 @@ def drawn(tmp_path):
 )
 @pytest.mark.parametrize("closes", [True, False])
 def test_what_is_no_picture_is_said_and_leaves_the_old_video(
-    watch_here, drawn, tmp_path, monkeypatch, later, code, expected, closes
+    drawn, tmp_path, monkeypatch, later, code, expected, closes
 ):
     monkeypatch.setattr(Drawn, "later", later)
     monkeypatch.setattr(Drawn, "closes", closes)
@@ -272,7 +262,7 @@ def test_what_is_no_picture_is_said_and_leaves_the_old_video(
     assert sorted(os.listdir(tmp_path)) == ["agent.mp4", "run"] and video.read_bytes() == b"old"
 
 
-def test_an_environment_that_fails_to_close_leaves_the_video(watch_here, drawn, tmp_path, monkeypatch):
+def test_an_environment_that_fails_to_close_leaves_the_video(drawn, tmp_path, monkeypatch):
     monkeypatch.setattr(Drawn, "closes", False)
     code, output, error = watch_here(drawn(), "--video", tmp_path / "agent.gif", "--episodes", 1)
     assert code == 0 and output.splitlines()[-1] == f"video: {tmp_path / 'agent.gif'}"
@@ -280,7 +270,7 @@ def test_an_environment_that_fails_to_close_leaves_the_video(watch_here, drawn, 
     assert len(imageio.v3.imread(tmp_path / "agent.gif")) == 6
 
 
-def test_a_run_is_watched_in_its_own_environment(watch_here, drawn, tmp_path):
+def test_a_run_is_watched_in_its_own_environment(drawn, tmp_path):
     run = drawn(env_kwargs='{"size": 64}')
     assert watch_here(run, "--video", tmp_path / "agent.gif", "--episodes", 1)[0] == 0
     assert imageio.v3.imread(tmp_path / "agent.gif").shape[1:3] == (32, 32)  # a .gif has every second pixel
@@ -298,7 +288,7 @@ def test_a_run_is_watched_in_its_own_environment(watch_here, drawn, tmp_path):
         {"seed": []},
     ],
 )
-def test_a_damaged_configuration_is_said_in_one_line(watch_here, drawn, further):
+def test_a_damaged_configuration_is_said_in_one_line(drawn, further):
     run = drawn(**further)
     for config in (None, "null", "[]", "3", '{"arguments": []}', '{"arguments": null}', "{", '"arguments"'):
         if config is not None:
@@ -308,7 +298,7 @@ def test_a_damaged_configuration_is_said_in_one_line(watch_here, drawn, further)
         assert error.startswith(f"watch.py: error: {run} is not the directory of a run: ")
 
 
-def test_a_policy_that_does_not_fit_is_said_in_one_line(watch_here, drawn, monkeypatch):
+def test_a_policy_that_does_not_fit_is_said_in_one_line(drawn, monkeypatch):
     monkeypatch.setattr(glfw, "init", lambda: False)
     run = drawn()
     for widths, expected in (([4, 4, 2], "takes 4 observations, not (3,)"), ([3, 4, 1], "Drawn-v0 takes 2 actions")):
