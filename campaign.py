@@ -137,6 +137,7 @@ def runs_of(row: Row, options: str, agent: str, given: argparse.Namespace) -> li
         options += f" --learning-starts {steps // 4} --eval-interval {max(1, steps // 10)} --eval-episodes 1"
     options, where = shlex.split(options), ["--results-dir", str(given.results)]
     parsed = tyro.cli(kind, args=[*agent.split(), *options, *where], prog=row.program)
+    parsed.validate()
     if parsed.seed != kind.seed:
         reject("--seed cannot stand after --: --seeds N makes seeds 0 to N-1")
     if given.program and steps < 2 * parsed.learning_starts:

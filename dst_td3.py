@@ -37,7 +37,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple, get_args, get_origin
 
 import gymnasium
 import numpy as np
@@ -140,9 +140,13 @@ class Arguments:
 
     def validate(self) -> None:
         """Raise InputError for the first argument that no run can use."""
+        for field in dataclasses.fields(self):  # the command line has seen to it, a script may not have
+            if choices := get_args(field.type) if get_origin(field.type) is Literal else ():
+                self._require(getattr(self, field.name) in choices, field.name, " or ".join(choices))
         at_least_one = ("adapt_interval", "total_timesteps", "batch_size", "buffer_size", "policy_frequency", "threads")
         for name in (*at_least_one, "updates_per_step", "eval_interval", "eval_episodes", "checkpoint_interval"):
-            self._require(getattr(self, name) > 0, name, "a positive whole number")
+            whole = isinstance(getattr(self, name), int)
+            self._require(whole and getattr(self, name) > 0, name, "a positive whole number")
         for name in ("seed", "learning_starts", "weight_decay", "exploration_noise", "policy_noise", "noise_clip"):
             self._require(0 <= getattr(self, name) < math.inf, name, "zero or a positive number")
         for name in ("drop_fraction", "adapt_until", "gamma", "tau"):
@@ -616,8 +620,11 @@ class CheckedEnvironment(gymnasium.Wrapper):
         action = np.minimum(np.maximum(action, self.low), self.high).astype(self.low.dtype, copy=False)
         observation, reward, terminated, truncated, information = self.call(5, self.env.step, action)
         observation = self._numbers("an observation", observation, self.shape, np.float32)
-        three = self._numbers("reward, terminated, truncated", (reward, terminated, truncated), (3,), np.float64)
-        return observation, float(three[0]), bool(three[1]), bool(three[2]), information
+        self._numbers("reward, terminated, truncated", (reward, terminated, truncated), (3,), np.float32)
+        if terminated not in (0, 1) or truncated not in (0, 1):
+            ends = terminated, truncated
+            raise RunError(f"{self.name} returned {ends} as terminated, truncated: not true or false")
+        return observation, float(reward), bool(terminated), bool(truncated), information
 
     def call(self, values: int | None, function: Callable, *arguments, **options):
         """Call the environment's own code, which returns so many ``values``."""
@@ -636,7 +643,7 @@ class CheckedEnvironment(gymnasium.Wrapper):
             numbers = np.array(given, dtype)
             if numbers.shape == shape and np.isfinite(numbers).all():
                 return numbers
-        raise RunError(f"{self.name} returned {given!s:.60} as {what}: needed are {shape[0]} finite numbers")
+        raise RunError(f"{self.name} returned {given!s:.60} as {what}: not {shape[0]} plain, finite numbers")
 
 
 def make_environment(name: str, arguments: str | None = None, **options) -> gymnasium.Env:
@@ -725,6 +732,7 @@ def require_memory(env: gymnasium.Env, args: Arguments) -> None:
 
 def describe(args: Arguments) -> str:
     """Tabulate each layer's shape, connections and sparsity, then #params, training FLOPs and the buffer's bytes."""
+    args.validate()
     args = resolve(args)
     env = make_environment(args.env, args.env_kwargs)
     lines = [f"{args.env}, {run_name(args)}", f"{'layer':<17}{'shape':>12}{'connections':>14}{'sparsity':>10}"]
@@ -873,8 +881,8 @@ def provenance() -> dict:
 
 # --- Run --------------------------------------------------------------------------------------------------------------
 def resolve(args: Arguments) -> Arguments:
-    """Check arguments and fill in what is left open, engine and number of connections. Raises InputError."""
-    args.validate()
+    """Fill in what is left open, engine and number of connections. InputError if the sparse engine is unavailable."""
+    args = dataclasses.replace(args, results_dir=Path(args.results_dir), hidden=tuple(args.hidden))
     needed = ("sparse_engine", "numba", "scipy", "threadpoolctl")
     fits = args.device == "cpu" and all(map(importlib.util.find_spec, needed))
     if args.engine == "sparse" and not fits:
@@ -957,6 +965,7 @@ class Run:
         first = (network.layer_arrays()[:-1] for network in self.agent.networks.values())
         self.initial_masks = [[mask == 1 for _, mask, _ in layers] for layers in first]
         self.step, self.saved_step = 0, 0
+        self.begun_alike = True  # as before the checkpoint
         self.made_before: dict[str, str] = {}  # evaluations since the checkpoint, by a run that was killed
         self.tables: dict[str, list[dict]] = {"evaluations": [], "timing": [], "topology": []}
         self.seconds = {"training_seconds": 0.0, "evaluation_seconds": 0.0}
@@ -1051,9 +1060,7 @@ class Run:
             lines = (self.directory / "evaluations.csv").read_text().splitlines()[1:]
             self.made_before = {line.partition(",")[0]: line for line in lines}
         self.begin_episode()
-        if not np.array_equal(self.observation, arrays["observation"]):
-            reason = "it keeps state from one episode to the next, or draws from a generator of its own"
-            raise RunError(f"{self.args.env} does not begin an episode again as it did before a checkpoint: {reason}")
+        self.begun_alike = np.array_equal(self.observation, arrays["observation"])
 
     def note_provenance(self) -> None:
         """Note in config.json what the run is made with, and where it goes on with something else."""
@@ -1062,10 +1069,14 @@ class Run:
             write_json(path, {"id": os.urandom(4).hex(), "arguments": arguments_to_store(self.args), **now})
         with reported_as(InputError, f"{path} is damaged: move its folder away, or choose a --results-dir;"):
             config = json.loads(path.read_text())
-            notes = [dict(**entry) for key in ("evaluated_otherwise", "resumed") for entry in config.get(key, [])]
+            lists = ("evaluated_otherwise", "begun_otherwise", "resumed")
+            notes = [dict(**entry) for key in lists for entry in config.get(key, [])]
         last = notes[-1] if config.get("resumed") else config
         if any(now[key] != last.get(key) for key in now):
             self.note("resumed", "another commit, other versions or another machine go on with the run", now)
+        if not self.begun_alike:
+            reason = f"{self.args.env} keeps state from one episode to the next, or has a generator of its own"
+            self.note("begun_otherwise", f"this episode does not begin as before the checkpoint: {reason}", {})
 
     def note(self, key: str, message: str, further: dict) -> None:
         """Say something about the run from this step on, and add it to a list in config.json."""
@@ -1118,7 +1129,10 @@ class Progress:
         if isinstance(run.env.env, gymnasium.wrappers.FlattenObservation):
             say(f"observations of {args.env} are flattened to {run.env.observation_space.shape[0]} numbers")
         if run.env.spec.max_episode_steps is None:
-            say(f"{args.env} has no time limit: an episode, and so an evaluation, ends only where it says so itself")
+            limit = """--env-kwargs '{"max_episode_steps": 1000}'"""
+            say(f"{args.env} has no time limit: its episodes, and so evaluations, end by themselves or by {limit}")
+        if run.step < args.learning_starts and args.initial_policy is None:
+            say(f"random actions, and nothing learned, until step {args.learning_starts:,}")
         self.shown, self.shown_at = run.step, time.perf_counter()  # at the last line
 
     def evaluated(self, row: dict) -> None:
@@ -1141,9 +1155,8 @@ def train(args: Arguments) -> Path:
 
     SIGINT, SIGTERM and SIGPIPE write a checkpoint at the episode's end, then raise KeyboardInterrupt or SystemExit.
     """
+    args.validate()
     asked, args = args, resolve(args)
-    if args.sparsity != asked.sparsity:
-        say(f"the paper has no lambda for {args.env} with these --hidden: --sparsity {args.sparsity} instead")
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)  # what decays towards zero becomes denormal, which slows a CPU many times over
     directory = run_directory(args)
@@ -1151,6 +1164,8 @@ def train(args: Arguments) -> Path:
         say(f"{directory} is finished already: another --seed or --results-dir makes a new run")
         return directory
     run, stopped = Run(args), []
+    if args.sparsity != asked.sparsity:
+        say(f"the paper has no lambda for {args.env} with these --hidden: --sparsity {args.sparsity} instead")
 
     def stop(number: int, frame) -> None:
         stopped.append(signal.Signals(number))
@@ -1191,7 +1206,8 @@ def train(args: Arguments) -> Path:
         except RunError as error:
             raise RunError(f"after step {run.step:,}: {error}; the command goes on from {run.saved_step:,}") from error
         watch = f"python watch.py {shlex.quote(str(directory))}"
-        say(f"final return {summary['final_return']:.1f}, LCA {summary['lca']:.4f}: {watch}")
+        final = f"final return {summary['final_return']:.1f} (mean of the last ten evaluations)"
+        say(f"{final}, LCA {summary['lca']:.4f}: {watch}")
     return directory
 
 

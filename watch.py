@@ -170,7 +170,7 @@ def make_drawn_environment(name: str, arguments: str | None) -> gymnasium.Env:
         cause = error.__cause__ or error
         reason = " ".join(str(cause).split()) or type(cause).__name__
         hint = f"an environment of MuJoCo needs the libraries of MUJOCO_GL={os.environ['MUJOCO_GL']}"
-        hint += " (Debian's are libegl1 libgl1-mesa-dri libopengl0 for egl), another its own package, such as pygame"
+        hint += " (Debian's are libegl1 libgl1-mesa-dri libopengl0 for egl), another its own package and a render_mode"
         raise InputError(f"cannot draw {name}: {reason}; {hint}") from error
     return env
 

@@ -103,11 +103,12 @@ class Point(gymnasium.Env):
             raise RuntimeError("the arm\nis stuck")
         if self.habit == "four values":
             return self._observe(), reward, done, {}
-        rewards = {"reward of one": np.array([reward]), "no reward": None}
+        rewards = {"reward of one": np.array([reward]), "no reward": None, "reward beyond single": 1e40}
         if self.habit == "reward not finite" and self.steps == 5:
             reward = np.nan
         reward = rewards.get(self.habit, reward)
-        return self._observe(), reward, np.array([done, done]) if self.habit == "two ends" else done, False, {}
+        done = {"two ends": np.array([done, done]), "half an end": 0.5}.get(self.habit, done)
+        return self._observe(), reward, done, False, {}
 
 
 gymnasium.register("Point-v0", entry_point=Point)

@@ -97,7 +97,7 @@ def test_bad_arguments_of_the_environment_are_refused(command_line, tmp_path, gi
     assert not list(tmp_path.iterdir())
 
 
-AS_OBSERVATION, AS_THREE = "as an observation: needed are 2", "as reward, terminated, truncated: needed are 3"
+AS_OBSERVATION, AS_THREE = "as an observation: not 2 plain,", "as reward, terminated, truncated: not 3 plain,"
 MALFORMED = {
     "short": f"] {AS_OBSERVATION}",
     "long": f"Point-v0 returned [0. 0. 0.] {AS_OBSERVATION}",
@@ -112,6 +112,8 @@ MALFORMED = {
     "observation not finite": f"Point-v0 returned [nan 1.] {AS_OBSERVATION}",
     "reward of one": "Point-v0 returned (array([-",
     "no reward": f"Point-v0 returned (None, False, False) {AS_THREE}",
+    "reward beyond single": f"Point-v0 returned (1e+40, False, False) {AS_THREE}",
+    "half an end": "Point-v0 returned (0.5, False) as terminated, truncated: not true or false",
     "two ends": f"array([False, False]), False) {AS_THREE}",
 }
 

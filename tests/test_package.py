@@ -25,8 +25,8 @@ TINY |= {"learning_starts": 100, "total_timesteps": 200, "eval_interval": 100, "
 
 def test_training_from_python_returns_the_directory_whose_policy_acts(tmp_path, capsys):
     before = signal.getsignal(signal.SIGINT)
-    run = dst_td3.train(Arguments(**TINY, results_dir=tmp_path))
-    assert run.is_relative_to(tmp_path) and (run / "summary.json").exists()
+    run = dst_td3.train(Arguments(**TINY | {"hidden": [8, 8]}, results_dir=str(tmp_path)))
+    assert run.is_relative_to(tmp_path) and "hidden=8,8_" in run.parent.name and (run / "summary.json").exists()
     assert len(re.findall("^step ", capsys.readouterr().out, re.MULTILINE)) == 3
     assert signal.getsignal(signal.SIGINT) == before
     act = dst_td3.load_policy(run / "policy.npz")
@@ -41,6 +41,11 @@ def test_training_from_python_returns_the_directory_whose_policy_acts(tmp_path, 
 def test_training_from_python_raises_where_a_command_would_exit(tmp_path):
     with pytest.raises(InputError, match="--gamma must be between 0 and 1"):
         dst_td3.train(Arguments(**TINY, gamma=2, results_dir=tmp_path))
+    with pytest.raises(InputError, match="--method must be ds-td3 or static-td3 or td3, not DS-TD3"):
+        dst_td3.train(Arguments(**TINY, method="DS-TD3", results_dir=tmp_path))
+    with pytest.raises(InputError, match="--updates-per-step must be a positive whole number, not 1"):
+        dst_td3.train(Arguments(**TINY, updates_per_step=1.5, results_dir=tmp_path))
+    assert not list(tmp_path.iterdir())
     with pytest.raises(RunError, match="diverged"):
         dst_td3.train(Arguments(**TINY, learning_rate=1e30, results_dir=tmp_path))
 

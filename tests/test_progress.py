@@ -17,7 +17,8 @@ def test_a_run_says_what_it_is_and_has_a_line_for_each_evaluation(finished):
     *_, begin = (line for line in output.splitlines() if line.endswith("step 0 of 2,400"))
     sparsity = r"sparsity 0\.50 of the hidden layers \(0\.48 of all\)"
     assert re.search(rf"seed 0, {sparsity}, sparse engine on cpu: step 0 of 2,400$", begin), begin
-    lines = output.split(f"{begin}\n")[1].splitlines()[:-1]
+    waiting, *lines, _ = output.split(f"{begin}\n")[1].splitlines()
+    assert waiting == "random actions, and nothing learned, until step 400"
     for line, row in zip(lines, rows_of(run / "evaluations.csv"), strict=True):
         step, mean, std = int(row["step"]), float(row["return_mean"]), float(row["return_std"])
         speed = "" if step == 0 else r"  [\d,]+ steps/s" if step <= 400 else r"  [\d,]+ steps/s  0:\d\d:\d\d left"
@@ -34,7 +35,7 @@ def test_a_progress_line_has_the_speed_since_the_last_one_and_the_time_left(monk
         for step, seconds in ((0, 3), (20_000, 4), (30_000, 20), (40_000, 10)):
             now[0] += seconds
             progress.evaluated({"step": step, "return_mean": 1.0, "return_std": 2.0})
-    _, *lines = capsys.readouterr().out.splitlines()
+    _, _, *lines = capsys.readouterr().out.splitlines()
     # Random actions before step 25,000 are many times faster, so that they say nothing of the time left.
     expected = ("1.0 +-     2.0", "5,000 steps/s", "500 steps/s  0:32:20 left", "1,000 steps/s  0:16:00 left")
     assert [line.endswith(end) for line, end in zip(lines, expected, strict=True)] == [True] * 4, lines
@@ -60,7 +61,7 @@ def test_dictionaries_are_flattened_which_is_said(command_line, plain, tmp_path)
 
 
 def test_an_environment_without_a_time_limit_is_named(command_line, plain, tmp_path):
-    said = "Point-v0 has no time limit: an episode, and so an evaluation, ends only where it says so itself\n"
+    said = "Point-v0 has no time limit: its episodes, and so evaluations, end by themselves or by --env-kwargs "
     assert said in plain[1]
     assert "no time limit" not in trained(command_line, tmp_path, "--env", "Point-v1")[1]
 

@@ -151,7 +151,8 @@ def test_the_quick_start_ends_with_the_run_that_it_made():
     block = re.findall(r"```sh\n(.*?)```", README, flags=re.DOTALL)[0]
     (command,) = re.findall(r"^python dst_td3.py (.*)", block, flags=re.MULTILINE)
     args = tyro.cli(dst_td3.Arguments, args=[*shlex.split(command), "--results-dir", "runs"])
-    last = re.search(r"^final return [\d.]+, LCA [\d.]+: python watch.py (.*)", README, flags=re.MULTILINE)[1]
+    line = r"^final return [\d.]+ \(mean of the last ten evaluations\), LCA [\d.]+: python watch.py (.*)"
+    last = re.search(line, README, flags=re.MULTILINE)[1]
     assert last == os.fspath(dst_td3.run_directory(dst_td3.resolve(args)))
 
 

@@ -149,13 +149,14 @@ def test_every_generator_of_numpy_goes_on_after_a_kill(command_line, tmp_path, n
     assert_same_bytes(undisturbed, trained(command_line, tmp_path / "killed", *habit(name))[0])
 
 
-def test_an_environment_with_randomness_of_its_own_is_not_resumed(command_line, tmp_path):
+def test_an_environment_with_randomness_of_its_own_goes_on_otherwise_which_is_noted(command_line, tmp_path):
     own = (*TRAINING, *habit("randomness of its own"), "--results-dir", tmp_path)
     with killed_at(130):
         command_line(*own)
-    code, _, error = command_line(*own)
-    assert code == 1 and error.count("\n") == 1
-    assert "does not begin an episode again as it did before a checkpoint" in error
+    code, output, _ = command_line(*own)
+    assert code == 0 and "this episode does not begin as before the checkpoint: Point-v0 keeps state" in output
+    (noted,) = json.loads((run_directory(tmp_path) / "config.json").read_text())["begun_otherwise"]
+    assert 0 < noted["step"] <= 130
 
 
 def test_state_kept_between_episodes_is_noticed_after_a_kill(command_line, tmp_path):
