@@ -106,8 +106,13 @@ def limits(batch: int) -> Compared:
 def of_kernels(network: Arrays, batch: int, label: str) -> Compared:
     """Return the forward and the backward kernel on the first of two stacked critics; the label ends their names."""
     room, compared = activations(network, batch), {}
-    products = 2.0 * batch * len(network.input_index) / 2 * TIMES
-    for kernel, repeat, uses in (("forward", repeat_forward, 1), ("backward", repeat_backward, 2)):
+    connections, first_layers = len(network.input_index) // 2, network.part_start[1]
+    # Backwards a connection passes on two gradients, its weight's and its input's; inputs of the first layer need none.
+    both = 2 * connections - first_layers
+    for kernel, repeat, uses, products in (
+        ("forward", repeat_forward, 1, connections),
+        ("backward", repeat_backward, 2, both),
+    ):
         work = functools.partial(repeat, network, room, TIMES)
-        compared[f"{kernel} of a critic, {label}"] = speed(work, uses * products), LIMITS[uses]
+        compared[f"{kernel} of a critic, {label}"] = speed(work, 2.0 * batch * products * TIMES), LIMITS[uses]
     return compared
