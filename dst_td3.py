@@ -874,7 +874,7 @@ def provenance() -> dict:
     versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
     cpuinfo = Path("/proc/cpuinfo")  # Linux alone has it
     models = re.findall(r"model name\s*: (.*)", cpuinfo.read_text()) if cpuinfo.exists() else []
-    processor = (models or [platform.processor()])[0]
+    processor = (models or [platform.processor() or platform.machine()])[0]  # Arm has no model name
     machine = {"processor": processor, "cores": os.cpu_count(), "system": platform.platform()}
     return {"versions": versions, "commit": commit, "machine": machine}
 

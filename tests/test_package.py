@@ -127,3 +127,10 @@ def test_a_machine_without_what_linux_alone_has(tmp_path, monkeypatch):
     assert json.loads((run / "config.json").read_text())["machine"]["processor"] == "arm"
     peak = json.loads((run / "summary.json").read_text())["peak_memory_bytes"]
     assert peak == pytest.approx(dst_td3.resource.getrusage(dst_td3.resource.RUSAGE_SELF).ru_maxrss, rel=0.1)
+
+
+def test_a_processor_that_nothing_names_goes_by_its_architecture(monkeypatch):
+    """As of Arm under Linux: its /proc/cpuinfo has no model name, and the C library knows none either."""
+    monkeypatch.setattr(dst_td3.re, "findall", lambda *_: [])
+    monkeypatch.setattr(dst_td3.platform, "processor", lambda: "")
+    assert dst_td3.provenance()["machine"]["processor"] == dst_td3.platform.machine()
