@@ -119,6 +119,7 @@ def test_an_installed_copy_does_not_name_the_commit_of_who_installed_it(tmp_path
 
 def test_a_machine_without_what_linux_alone_has(tmp_path, monkeypatch):
     """As a Mac is: no /proc, memory counted in bytes, another name for the processor."""
+    dst_td3.make_environment("Hopper-v4")  # MuJoCo is imported for this machine
     exists = Path.exists
     monkeypatch.setattr(Path, "exists", lambda path: exists(path) and not path.is_relative_to("/proc"))
     monkeypatch.setattr(sys, "platform", "darwin")
