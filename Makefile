@@ -26,6 +26,7 @@ benchmark: $(VENV)/installed $(PEERS)/installed
 $(PEERS)/installed: benchmarks/requirements-peers.txt requirements.txt constraints.txt
 	$(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check -r $< -c requirements.txt -c constraints.txt
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation sparseprop==0.1.14
 	touch $@
 
 $(VENV)/installed: requirements.txt constraints.txt

@@ -60,7 +60,7 @@ class Options:
     core: int | None = None
     """the core to run on, else the last one this process may use"""
     only: tuple[str, ...] = ()
-    """parts to run: updates, end_to_end, sac, step, inference, memory, kernels, gpu; all if none is given"""
+    """parts to run: updates, end_to_end, sac, step, inference, memory, kernels, layers, gpu; all if none is given"""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -424,6 +424,32 @@ def kernels(options: Options) -> str:
     )
 
 
+def layers(options: Options) -> str:
+    """Time of a pass through one sparse layer, beside SparseProp, the other engine that trains on connections."""
+    if not options.peers:
+        return ""
+    rows = []
+    for (inputs, outputs), density in itertools.product(((256, 256), (23, 256)), (0.5, 0.2, 0.1, 0.05)):
+        for batch in (104, BATCH):  # SparseProp wants a multiple of 8
+            ours = roofline.of_a_layer(inputs, outputs, density, batch)
+            for way, block in ours.items():
+                with ExitStack() as running:
+                    peer = ["sparseprop", *map(str, (inputs, outputs, density, batch)), way]
+                    blocks = {"theirs": start_training(options.peers, peer, running), "ours": block}
+                    if not blocks["theirs"]:
+                        return ""
+                    speeds = in_turn(blocks, options.repeats)
+                row = {"layer": f"{inputs} x {outputs}", "density": density, "batch": batch, "pass": way}
+                row |= {f"{name}_microseconds": 1e6 / speeds[name].median() for name in ("ours", "theirs")}
+                rows.append({**row, "speedup": (speeds["ours"] / speeds["theirs"]).median()})
+    table = written(options, "layers", rows, digits=2)
+    return (
+        "## A sparse layer, beside SparseProp\n\n"
+        "The backward pass computes the gradients of weights and of inputs. SparseProp has a barrier of OpenMP in it "
+        f"for each row, with one thread too.\n\n{table}"
+    )
+
+
 def gpu(options: Options) -> str:
     """Updates and training steps a second of torch's matrices and masks on a GPU, and of our engine on one core."""
     if not torch.cuda.is_available():
@@ -517,7 +543,7 @@ def machine() -> str:
     return f"{model}, {' '.join(vector)}; {', '.join(caches)}; {os.cpu_count()} cores; {gpus}{versions}"
 
 
-PARTS = {part.__name__: part for part in (updates, end_to_end, sac, step, inference, memory, kernels, gpu)}
+PARTS = {part.__name__: part for part in (updates, end_to_end, sac, step, inference, memory, kernels, layers, gpu)}
 
 
 def main() -> None:

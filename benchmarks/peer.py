@@ -1,6 +1,7 @@
 """Steps a library's TD3 or SAC on demand: for each number of steps read from standard input, prints their seconds.
 
 usage: peer.py rltools|stable-baselines3|sbx td3|sac, in the environment of requirements-peers.txt
+       peer.py sparseprop INPUTS OUTPUTS DENSITY BATCH forward|backward, there too: a layer instead of a step
        peer.py dst_td3|dst_sac|high_sparsity [ARGUMENT ...], in that of dst_td3.py, with arguments of the program
 
 The seconds of the warm-up come first, unasked. All libraries train in one thread, on Gymnasium's HalfCheetah-v4, with
@@ -148,6 +149,36 @@ def train_stable_baselines(another: Callable[[], bool], library: str, algorithm:
     model.learn(1_000_000_000, callback=lambda *_: another())
 
 
+def repeat_sparseprop(
+    another: Callable[[], bool], inputs: str, outputs: str, density: str, batch: str, way: str
+) -> None:
+    """Apply SparseProp's kernels to a random layer; activations are [units, batch], as they want them."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import numpy as np
+    from scipy.sparse import random_array
+    from sparseprop import backend
+
+    rng = np.random.default_rng(0)
+    options = {"density": float(density), "format": "csr", "dtype": np.float32, "rng": rng}
+    weight = random_array((int(outputs), int(inputs)), **options)
+    rows, columns, values = weight.indptr.astype(np.int32), weight.indices.astype(np.int32), weight.data
+    x = rng.standard_normal((int(inputs), int(batch)), dtype=np.float32)
+    y = rng.standard_normal((int(outputs), int(batch)), dtype=np.float32)
+    to_x, to_values = np.zeros_like(x), np.zeros_like(values)
+
+    def apply() -> None:  # both add to what is there already, for which zeros are needed
+        if way == "forward":
+            y[:] = 0
+            backend.sparse_linear_vectorized_forward(x, rows, columns, values, y)
+        else:
+            to_x[:] = 0
+            backend.sparse_linear_vectorized_backward(x, rows, columns, values, y, to_x, to_values)
+
+    apply()
+    while another():
+        apply()
+
+
 def train_ours(another: Callable[[], bool], program: str, arguments: list[str]) -> None:
     """Train as one of our programs does with these arguments, but write nothing."""
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -179,6 +210,8 @@ def main() -> None:
     library, *arguments = sys.argv[1:]
     if library == "rltools":
         train_rltools(another, *arguments)
+    elif library == "sparseprop":
+        repeat_sparseprop(another, *arguments)
     elif library in ("stable-baselines3", "sbx"):
         train_stable_baselines(another, library, *arguments)
     else:

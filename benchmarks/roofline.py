@@ -19,7 +19,17 @@ from numba.extending import intrinsic
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from sparse_engine.kernels import VECTOR_BYTES, Activations, Arrays, Emitter, activations, backward, forward
+from sparse_engine.kernels import (
+    VECTOR_BYTES,
+    Activations,
+    Arrays,
+    Emitter,
+    activations,
+    backward,
+    forward,
+    sparse_backward,
+)
+from sparse_engine.networks import SparseNetwork
 
 CACHED = 4096  # float32 elements whose loads the kernels' limits measure: half of a small first-level cache
 LIMIT_SUMS = 12  # more than a multiply-add's latency asks for; with their factors they still fit in 16 registers
@@ -33,6 +43,13 @@ def repeat_forward(network: Arrays, room: Activations, times: int) -> None:
     """Apply the first critic ``times`` times."""
     for _ in range(times):
         forward(network, 0, False, room)
+
+
+@numba.njit
+def repeat_layer_backward(network: Arrays, room: Activations, times: int) -> None:
+    """Propagate gradients back through a network of one layer ``times`` times, to its inputs too."""
+    for _ in range(times):
+        sparse_backward(network, 0, 0, room, 0, network.sizes[0], 0, -np.inf, True, True)
 
 
 @numba.njit
@@ -116,3 +133,26 @@ def of_kernels(network: Arrays, batch: int, label: str) -> Compared:
         work = functools.partial(repeat, network, room, TIMES)
         compared[f"{kernel} of a critic, {label}"] = speed(work, 2.0 * batch * products * TIMES), LIMITS[uses]
     return compared
+
+
+def of_a_layer(inputs: int, outputs: int, density: float, batch: int) -> dict[str, Callable[[], float]]:
+    """Return what applies a layer forwards and backwards, and returns how many times a second it did."""
+    rng = np.random.default_rng(0)
+    mask = np.zeros(inputs * outputs, np.float32)
+    mask[rng.choice(len(mask), round(density * len(mask)), replace=False)] = 1
+    mask = mask.reshape(inputs, outputs)
+    weight = rng.standard_normal(mask.shape, dtype=np.float32) * mask
+    network = SparseNetwork([(weight, mask, np.zeros((1, outputs), np.float32))], tau=0.0, drop_fraction=0.0).arrays
+
+    def repeated(repeat: Callable) -> Callable[[], float]:
+        room = activations(network, batch)
+        room.values[:] = rng.standard_normal(len(room.values))
+
+        def measured() -> float:
+            started = time.perf_counter()
+            repeat(network, room, TIMES)
+            return TIMES / (time.perf_counter() - started)
+
+        return measured
+
+    return {"forward": repeated(repeat_forward), "backward": repeated(repeat_layer_backward)}
