@@ -609,7 +609,7 @@ class CheckedEnvironment(gymnasium.Wrapper):
     def reset(self, **options) -> tuple[np.ndarray, dict]:
         """Begin an episode; return its first observation [observations], and information."""
         observation, information = self.call(2, self.env.reset, **options)
-        return self._numbers("an observation", observation, self.shape, np.float32), information
+        return self._numbers("an observation", observation, self.shape), information
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
         """Act, by the action space's own type and bounds; return what Gymnasium's ``step`` does."""
@@ -619,11 +619,12 @@ class CheckedEnvironment(gymnasium.Wrapper):
             raise RunError("the policy's action is not finite (the networks have diverged)")
         action = np.minimum(np.maximum(action, self.low), self.high).astype(self.low.dtype, copy=False)
         observation, reward, terminated, truncated, information = self.call(5, self.env.step, action)
-        observation = self._numbers("an observation", observation, self.shape, np.float32)
-        self._numbers("reward, terminated, truncated", (reward, terminated, truncated), (3,), np.float32)
-        if terminated not in (0, 1) or truncated not in (0, 1):
-            ends = terminated, truncated
-            raise RunError(f"{self.name} returned {ends} as terminated, truncated: not true or false")
+        observation, ends = self._numbers("an observation", observation, self.shape), (terminated, truncated)
+        # The common case first, for the sake of speed.
+        if not (type(terminated) is type(truncated) is bool and isinstance(reward, float) and abs(reward) < 1e38):
+            self._numbers("reward, terminated, truncated", (reward, *ends), (3,))
+            if any(end not in (0, 1) for end in ends):
+                raise RunError(f"{self.name} returned {ends} as terminated, truncated: not true or false")
         return observation, float(reward), bool(terminated), bool(truncated), information
 
     def call(self, values: int | None, function: Callable, *arguments, **options):
@@ -638,9 +639,9 @@ class CheckedEnvironment(gymnasium.Wrapper):
             raise RunError(f"{self.name} returned {returned!s:.60} from {function.__name__}, not {values} values")
         return returned
 
-    def _numbers(self, what: str, given, shape: tuple[int, ...], dtype: type) -> np.ndarray:
+    def _numbers(self, what: str, given, shape: tuple[int, ...]) -> np.ndarray:
         with suppress(TypeError, ValueError, OverflowError), np.errstate(over="ignore"):
-            numbers = np.array(given, dtype)
+            numbers = np.array(given, np.float32)
             if numbers.shape == shape and np.isfinite(numbers).all():
                 return numbers
         raise RunError(f"{self.name} returned {given!s:.60} as {what}: not {shape[0]} plain, finite numbers")
