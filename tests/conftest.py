@@ -11,7 +11,7 @@ import torch
 pytest.register_assert_rewrite("engines", "point", "runs")
 
 from point import TRAINING  # noqa: E402
-from runs import SHORT, run_directory, start_process, train_here, wait_for_step  # noqa: E402
+from running import SHORT, run_directory, start_process, train_here, wait_for_step  # noqa: E402
 
 # How long an example takes is the machine's matter, and the examples are the same at each run.
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True)

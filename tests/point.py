@@ -10,7 +10,7 @@ import gymnasium
 import numpy as np
 import pytest
 from gymnasium.spaces import Box, Dict, Discrete, Sequence
-from runs import Killed, replaced_advance, run_directory
+from running import Killed, replaced_advance, run_directory
 
 import dst_td3
 

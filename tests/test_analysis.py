@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from runs import ADAPTING_RECIPE, FIGURES, FOUR, RECIPE, read_table, run_here
+from running import ADAPTING_RECIPE, FIGURES, FOUR, RECIPE, read_table, run_here
 from scipy import stats
 
 import analysis

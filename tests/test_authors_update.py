@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from engines import make_agent, moments, train
-from runs import SHORT, assert_refused, assert_same_bytes, killed_after, run_directory
+from running import SHORT, assert_refused, assert_same_bytes, killed_after, run_directory
 
 import dst_td3
 from dense_moments import DenseMomentsArguments

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from gymnasium.wrappers import TimeLimit
-from runs import ADAPTING_RECIPE, FIGURES, FOUR, RECIPE, run_here
+from running import ADAPTING_RECIPE, FIGURES, FOUR, RECIPE, run_here
 
 import campaign
 import dst_sac

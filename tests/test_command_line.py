@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from runs import SHORT, UNMADE, assert_refused
+from running import SHORT, UNMADE, assert_refused
 
 import dst_td3
 from dst_sac import SACArguments

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 from point import TRAINING, habit, trained
-from runs import UNMADE, assert_same_bytes, rows_of, run_directory
+from running import UNMADE, assert_same_bytes, rows_of, run_directory
 
 import dst_td3
 import watch

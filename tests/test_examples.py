@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from runs import PROGRAM
+from running import PROGRAM
 from torch import nn
 
 import dst_td3

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from point import TRAINING
-from runs import SHORT, before_step, run_directory
+from running import SHORT, before_step, run_directory
 
 import dst_td3
 from dense_moments import DenseMomentsArguments

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 from engines import DEFAULTS, case, sac_case
-from runs import needs_gpu
+from running import needs_gpu
 
 from dense_moments import DenseMomentsArguments
 from high_sparsity import HighSparsityArguments

@@ -8,7 +8,7 @@ import pytest
 import torch
 from engines import ACTIONS, DEFAULTS, OBSERVATIONS, Case, Pair, case, cases, make_agent, random_buffer, train
 from hypothesis import HealthCheck, given, settings
-from runs import ADAPTING_RECIPE, SHORT, assert_refused, assert_same_bytes, killed_after, run_directory
+from running import ADAPTING_RECIPE, SHORT, assert_refused, assert_same_bytes, killed_after, run_directory
 
 import dst_td3
 import high_sparsity

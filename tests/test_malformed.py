@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from runs import PROGRAM, Killed, assert_same_bytes
+from running import PROGRAM, Killed, assert_same_bytes
 
 import dst_td3
 import watch

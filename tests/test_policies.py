@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from engines import OBSERVATIONS, case, sac_case
 from point import TRAINING
-from runs import SHORT, run_directory
+from running import SHORT, run_directory
 
 import dst_td3
 from dst_td3 import Arguments

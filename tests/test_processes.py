@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from point import TRAINING, habit
-from runs import PROGRAM, assert_same_bytes, run_directory, train_here
+from running import PROGRAM, assert_same_bytes, run_directory, train_here
 
 
 @contextmanager

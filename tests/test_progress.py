@@ -6,7 +6,7 @@ from contextlib import ExitStack
 import numpy as np
 import pytest
 from point import habit, trained
-from runs import rows_of, run_directory
+from running import rows_of, run_directory
 
 import dst_td3
 from dst_td3 import Arguments

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import tyro
-from runs import ADAPTING_RECIPE, RECIPE, read_table
+from running import ADAPTING_RECIPE, RECIPE, read_table
 
 import analysis
 import campaign

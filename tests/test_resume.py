@@ -8,7 +8,7 @@ import signal
 import numpy as np
 import pytest
 from point import GENERATORS, TRAINING, habit, killed_at, trained
-from runs import (
+from running import (
     SHORT,
     Killed,
     assert_same_bytes,

@@ -11,7 +11,7 @@ import torch
 from engines import DEFAULTS, Pair, case, make_agent, train
 from hypothesis import given
 from hypothesis import strategies as st
-from runs import SHORT, rows_of, run_directory
+from running import SHORT, rows_of, run_directory
 from test_topology import per_network, random_layer, seeds, shapes
 
 import dst_td3

@@ -23,7 +23,7 @@ from engines import (
     torch_module,
 )
 from hypothesis import HealthCheck, given, settings
-from runs import SHORT, assert_refused, assert_same_bytes, killed_after, rows_of, run_directory
+from running import SHORT, assert_refused, assert_same_bytes, killed_after, rows_of, run_directory
 from torch.distributions import Normal, TanhTransform, TransformedDistribution
 
 import dst_sac

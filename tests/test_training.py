@@ -8,7 +8,7 @@ import subprocess
 
 import numpy as np
 import pytest
-from runs import REPEATED, SHORT, assert_same_bytes, rows_of, run_directory
+from running import REPEATED, SHORT, assert_same_bytes, rows_of, run_directory
 
 import dst_td3
 from dst_td3 import Arguments

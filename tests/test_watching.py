@@ -13,7 +13,7 @@ import imageio.v3
 import numpy as np
 import pytest
 from gymnasium.envs.mujoco.hopper_v4 import HopperEnv
-from runs import PROGRAM, SHORT, rows_of, run_directory, run_here, train_here
+from running import PROGRAM, SHORT, rows_of, run_directory, run_here, train_here
 
 import dst_td3
 import watch
