@@ -25,7 +25,7 @@ RUN useradd --no-create-home user && install --directory --mode=777 /home/user /
 WORKDIR /dst-td3
 COPY . .
 # The committed results stay outside the image, which is no change of the code.
-RUN ln -s /runs runs && git config --system --add safe.directory /dst-td3 \
+RUN ln -sT /runs runs && git config --system --add safe.directory /dst-td3 \
     && if [ -d .git ]; then git ls-files -z results | git update-index -z --skip-worktree --stdin; fi
 USER user
 

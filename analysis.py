@@ -32,6 +32,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy import stats
 
+import dst_td3
 from dst_td3 import InputError, Layer, command_line, read_policy, writing
 
 TASKS = ("HalfCheetah-v4", "Walker2d-v4", "Hopper-v4", "Ant-v4", "Humanoid-v4")
@@ -890,8 +891,9 @@ def describe_setting(method: str, options: dict[str, str], length: tuple[int, ..
 
 
 def published_alike(published: Results, env: str, method: str, options: dict[str, str]) -> list[Run]:
-    """Return the published runs of a setting, but for the options that no published run has: a variant's own."""
-    known = set().union(*(run.options for run in published.runs))
+    """Return the published runs of a setting, but for the options of a variant alone."""
+    known = {field.name.replace("_", "-") for field in dataclasses.fields(dst_td3.Arguments)}
+    known = known.union(*(run.options for run in published.runs))
     return published.select(env, method, {name: value for name, value in options.items() if name in known})
 
 
@@ -925,8 +927,8 @@ def table_beside(own: Results, published: Results) -> Table:
         rows.append(row)
     caption = (
         f"**One's own runs less the published ones**, means over seeds at the last step that both have [95 % interval, "
-        f"Welch's t, where both have {LEAST_SEEDS} seeds]. The same is the published setting with all options of one's "
-        "own that any published run has. Published runs begin to learn after 25,000 steps."
+        f"Welch's t, where both have {LEAST_SEEDS} seeds]. The same is the published setting with all options but "
+        "those that a variant of one's own has added. Published runs begin to learn after 25,000 steps."
     )
     return Table("beside", caption, rows)
 

@@ -110,6 +110,15 @@ class Arguments:
         "Humanoid-v4": (61.0, 64.0),
     }
 
+    def __post_init__(self):
+        """Take lists, numpy's numbers and paths as text, which a script may pass, for what the command line makes."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            value = value.tolist() if isinstance(value, np.generic | np.ndarray) else value
+            value = tuple(value) if isinstance(value, list) else value
+            is_path = isinstance(value, str) and field.name in ("results_dir", "initial_policy")
+            object.__setattr__(self, field.name, Path(value) if is_path else value)
+
     @property
     def dense(self) -> bool:
         """Whether the networks hold every connection."""
@@ -147,16 +156,20 @@ class Arguments:
         for name in (*at_least_one, "updates_per_step", "eval_interval", "eval_episodes", "checkpoint_interval"):
             whole = isinstance(getattr(self, name), int)
             self._require(whole and getattr(self, name) > 0, name, "a positive whole number")
-        for name in ("seed", "learning_starts", "weight_decay", "exploration_noise", "policy_noise", "noise_clip"):
+        for name in ("seed", "learning_starts"):
+            whole = isinstance(getattr(self, name), int)
+            self._require(whole and getattr(self, name) >= 0, name, "zero or a positive whole number")
+        for name in ("weight_decay", "exploration_noise", "policy_noise", "noise_clip"):
             self._require(0 <= getattr(self, name) < math.inf, name, "zero or a positive number")
         for name in ("drop_fraction", "adapt_until", "gamma", "tau"):
             self._require(0 <= getattr(self, name) <= 1, name, "between 0 and 1")
         self._require(self.threads <= 4096, "threads", "at most 4096")
         self._require(0 < self.learning_rate < math.inf, "learning_rate", "a positive number")
-        self._require(min(self.hidden, default=0) > 0, "hidden", "one or more positive widths")
+        widths = all(isinstance(width, int) and width > 0 for width in self.hidden) and self.hidden
+        self._require(widths, "hidden", "one or more positive widths")
         later = f"more than --learning-starts ({self.learning_starts})"
         self._require(self.total_timesteps > self.learning_starts, "total_timesteps", later)
-        snapshots = all(0 < step <= self.total_timesteps for step in self.snapshot_at)
+        snapshots = all(isinstance(s, int) and 0 < s <= self.total_timesteps for s in self.snapshot_at)
         self._require(snapshots, "snapshot_at", f"steps of the run, 1 to {self.total_timesteps}")
         self._require(0 <= (self.sparsity or 0) < 1, "sparsity", "at least 0 and below 1")
         lambdas = (1,) * len(self.hidden) if self.er_lambda is None else self.er_lambda
@@ -423,14 +436,15 @@ class Batch(NamedTuple):
 
 
 class ReplayBuffer:
-    """The last ``capacity`` transitions, as float32 rows, and a file of all."""
+    """The last ``capacity`` transitions, as float32 rows, and a file of all. InputError where memory is too small."""
 
     def __init__(self, capacity: int, observations: int, actions: int):
         widths = Batch(observations, actions, 1, observations, 1)
         self.ends = np.cumsum(widths)[:-1]  # of the columns of each part of a row but the last
         self.added = 0  # transitions so far, the overwritten ones too
         self.saved, self.checksum = 0, 0  # transitions in the file, and their CRC-32
-        self.rows = np.zeros((capacity, sum(widths)), dtype=np.float32)
+        with reported_as(InputError, f"--buffer-size {capacity} is more than there is memory for:", MemoryError):
+            self.rows = np.zeros((capacity, sum(widths)), dtype=np.float32)
 
     def add(self, transition: Batch) -> None:
         """Store a transition, over the oldest one when the buffer is full."""
@@ -761,12 +775,13 @@ def learning_curve_area(evaluations: list[dict], total_timesteps: int) -> float:
 
 
 # --- Files ------------------------------------------------------------------------------------------------------------
-def say(line: str) -> None:
-    """Print a line at once. A reader that has gone away, such as head, gets no more of them."""
+def say(line: str, stopped: list) -> None:
+    """Print a line at once. Where the reader has gone away, such as head, SIGPIPE joins ``stopped``, in silence."""
     try:
         print(line, flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        stopped.append(signal.SIGPIPE)
 
 
 def writing(path: Path):
@@ -883,7 +898,6 @@ def provenance() -> dict:
 # --- Run --------------------------------------------------------------------------------------------------------------
 def resolve(args: Arguments) -> Arguments:
     """Fill in what is left open, engine and number of connections. InputError if the sparse engine is unavailable."""
-    args = dataclasses.replace(args, results_dir=Path(args.results_dir), hidden=tuple(args.hidden))
     needed = ("sparse_engine", "numba", "scipy", "threadpoolctl")
     fits = args.device == "cpu" and all(map(importlib.util.find_spec, needed))
     if args.engine == "sparse" and not fits:
@@ -966,6 +980,7 @@ class Run:
         first = (network.layer_arrays()[:-1] for network in self.agent.networks.values())
         self.initial_masks = [[mask == 1 for _, mask, _ in layers] for layers in first]
         self.step, self.saved_step = 0, 0
+        self.stopped: list[signal.Signals] = []  # what asks the run to stop
         self.begun_alike = True  # as before the checkpoint
         self.made_before: dict[str, str] = {}  # evaluations since the checkpoint, by a run that was killed
         self.tables: dict[str, list[dict]] = {"evaluations": [], "timing": [], "topology": []}
@@ -1081,7 +1096,7 @@ class Run:
 
     def note(self, key: str, message: str, further: dict) -> None:
         """Say something about the run from this step on, and add it to a list in config.json."""
-        say(f"step {self.step:,}: {message}")
+        say(f"step {self.step:,}: {message}", self.stopped)
         path = self.directory / "config.json"
         config = json.loads(path.read_text())
         write_json(path, config | {key: [*config.get(key, []), {"step": self.step, **further}]})
@@ -1126,14 +1141,16 @@ class Progress:
         hidden = 1 - sum(mask.sum() for mask in masks) / sum(mask.size for mask in masks)
         sparsity = f"sparsity {hidden:.2f} of the hidden layers ({run.costs['sparsity']:.2f} of all)"
         where = f"{args.engine} engine on {args.device}: step {run.step:,} of {args.total_timesteps:,}"
-        say(f"{name}, {sparsity}, {where}")
+        say(f"{name}, {sparsity}, {where}", run.stopped)
         if isinstance(run.env.env, gymnasium.wrappers.FlattenObservation):
-            say(f"observations of {args.env} are flattened to {run.env.observation_space.shape[0]} numbers")
+            numbers = run.env.observation_space.shape[0]
+            say(f"observations of {args.env} are flattened to {numbers} numbers", run.stopped)
         if run.env.spec.max_episode_steps is None:
             limit = """--env-kwargs '{"max_episode_steps": 1000}'"""
-            say(f"{args.env} has no time limit: its episodes, and so evaluations, end by themselves or by {limit}")
+            ends = f"its episodes, and so evaluations, end by themselves or by {limit}"
+            say(f"{args.env} has no time limit: {ends}", run.stopped)
         if run.step < args.learning_starts and args.initial_policy is None:
-            say(f"random actions, and nothing learned, until step {args.learning_starts:,}")
+            say(f"random actions, and nothing learned, until step {args.learning_starts:,}", run.stopped)
         self.shown, self.shown_at = run.step, time.perf_counter()  # at the last line
 
     def evaluated(self, row: dict) -> None:
@@ -1145,7 +1162,7 @@ class Progress:
             line += f"  {speed:,.0f} steps/s"
             if step > args.learning_starts:  # before that, steps are far faster, and tell no time left
                 line += f"  {timedelta(seconds=round((args.total_timesteps - step) / speed))} left"
-        say(line)
+        say(line, self.run.stopped)
         self.shown, self.shown_at = step, now
         for name, value in (row | self.run.agent.losses).items() if self.writer else ():
             self.writer.add_scalar(name, value, step)
@@ -1154,26 +1171,33 @@ class Progress:
 def train(args: Arguments) -> Path:
     """Train a run, or go on training it, and return its directory. Raises InputError and RunError.
 
-    SIGINT, SIGTERM and SIGPIPE write a checkpoint at the episode's end, then raise KeyboardInterrupt or SystemExit.
+    The first SIGINT or SIGTERM, or a reader of the output that goes away, ends the episode, writes a checkpoint, then
+    raises KeyboardInterrupt or SystemExit. Sets the number of torch's threads and flushes denormals, for the process.
     """
     args.validate()
     asked, args = args, resolve(args)
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)  # what decays towards zero becomes denormal, which slows a CPU many times over
-    directory = run_directory(args)
+    directory, formers = run_directory(args), {}
     if is_finished(args):
-        say(f"{directory} is finished already: another --seed or --results-dir makes a new run")
+        print(f"{directory} is finished already: another --seed or --results-dir makes a new run", flush=True)
         return directory
-    run, stopped = Run(args), []
+    run = Run(args)
     if args.sparsity != asked.sparsity:
-        say(f"the paper has no lambda for {args.env} with these --hidden: --sparsity {args.sparsity} instead")
+        lambdas = f"the paper has no lambda for {args.env} with these --hidden"
+        print(f"{lambdas}: --sparsity {args.sparsity} instead", flush=True)
 
     def stop(number: int, frame) -> None:
-        stopped.append(signal.Signals(number))
-        signal.signal(number, signal.SIG_IGN if number == signal.SIGPIPE else signal.SIG_DFL)
+        run.stopped.append(signal.Signals(number))
+        former = formers.get(number)
+        signal.signal(number, former if callable(former) else signal.SIG_DFL)
         now = f"again stops now and goes on from step {run.saved_step:,}"
         with suppress(OSError):  # no print, which this signal may have interrupted
             os.write(2, f"stopping after this evaluation and episode; {now}\n".encode())
+
+    def leave_if_stopped() -> None:
+        if run.stopped:
+            raise KeyboardInterrupt if run.stopped[0] == signal.SIGINT else SystemExit(128 + run.stopped[0])
 
     with ExitStack() as closing:
         with reported_as(InputError, f"cannot use {directory}:", OSError):
@@ -1186,8 +1210,9 @@ def train(args: Arguments) -> Path:
         run.load()
         run.note_provenance()
         if threading.current_thread() is threading.main_thread():  # the only one that may
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE):  # Ctrl-C, Slurm's, a reader that went away
-                closing.callback(signal.signal, number, signal.signal(number, stop))
+            for number in (signal.SIGINT, signal.SIGTERM):  # the latter is Slurm's
+                formers[number] = signal.signal(number, stop)
+                closing.callback(signal.signal, number, formers[number])
         progress = Progress(run, closing)
         try:
             if not run.tables["evaluations"]:
@@ -1198,17 +1223,19 @@ def train(args: Arguments) -> Path:
                     progress.evaluated(run.evaluate())
                 if run.step in args.snapshot_at:
                     run.save_policy(f"policy-{run.step}.npz")
-                if run.between_episodes and (stopped or run.step - run.saved_step >= args.checkpoint_interval):
+                if run.between_episodes and (run.stopped or run.step - run.saved_step >= args.checkpoint_interval):
                     run.save()
-                    if stopped:
-                        say(f"stopped by {stopped[0].name} at step {run.step:,}: the same command goes on from there")
-                        raise KeyboardInterrupt if stopped[0] == signal.SIGINT else SystemExit(128 + stopped[0])
+                    if run.stopped:
+                        stopped = f"stopped by {run.stopped[0].name} at step {run.step:,}"
+                        say(f"{stopped}: the same command goes on from there", run.stopped)
+                        leave_if_stopped()
             summary = run.finish()
         except RunError as error:
             raise RunError(f"after step {run.step:,}: {error}; the command goes on from {run.saved_step:,}") from error
         watch = f"python watch.py {shlex.quote(str(directory))}"
         final = f"final return {summary['final_return']:.1f} (mean of the last ten evaluations)"
-        say(f"{final}, LCA {summary['lca']:.4f}: {watch}")
+        say(f"{final}, LCA {summary['lca']:.4f}: {watch}", run.stopped)
+        leave_if_stopped()  # a caller's loop too
     return directory
 
 

@@ -883,16 +883,18 @@ def test_each_length_of_ones_own_runs_has_a_row_and_a_rule_of_ones_own_its_basel
     rule = "ds-td3_sparsity=0.9_rule=momentum"
     write_run(own, "Hopper-v4", rule, 0, [2500] * 201)
     write_run(own, "Hopper-v4", f"{rule}_total-timesteps=100000", 0, [2700] * 21, total=100_000)
+    write_run(own, "Hopper-v4", "ds-td3_learning-rate=0.01", 0, [900] * 201)
     own, published = map(analysis.read_results, (own, published))
     rows = read_table(str(analysis.table_beside(own, published)))[::2]
     columns = ("steps", "less the same published", "less published DS-TD3")
     assert {row["setting"]: tuple(row[name] for name in columns) for row in rows} == {
         "DS-TD3 sparsity 0.9, rule momentum": ("1,000,000", "500", "1,500"),
         "DS-TD3 sparsity 0.9, rule momentum, total-timesteps 100,000": ("100,000", "700", "1,700"),
+        "DS-TD3 learning-rate 0.01": ("1,000,000", "-", "-100"),
     }
     legend = analysis.plot_beside(own, published).figure.axes[-1].get_legend()
     drawn = [text.get_text() for text in legend.get_texts()]
-    assert "DS-TD3 sparsity 0.9, published" in drawn and len(drawn) == 4
+    assert "DS-TD3 sparsity 0.9, published" in drawn and len(drawn) == 5
 
 
 @pytest.mark.parametrize("missing", ["own", "published"])

@@ -70,9 +70,60 @@ def test_an_interrupt_from_python_raises_and_the_call_goes_on(tmp_path, monkeypa
     with pytest.raises(KeyboardInterrupt):
         dst_td3.train(Arguments(**TINY, results_dir=tmp_path))
     assert list(tmp_path.rglob("checkpoint.npz"))
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
     monkeypatch.setattr(dst_td3.Run, "advance", advance)
     run = dst_td3.train(Arguments(**TINY, results_dir=tmp_path))
     assert json.loads((run / "summary.json").read_text())["steps"] == 200
+
+
+def test_an_interrupt_in_the_last_evaluation_stops_a_loop_of_the_caller_too(tmp_path, monkeypatch):
+    evaluate = dst_td3.Run.evaluate
+
+    def interrupted(run: dst_td3.Run) -> dict:
+        if run.step == 200:
+            signal.raise_signal(signal.SIGINT)
+        return evaluate(run)
+
+    monkeypatch.setattr(dst_td3.Run, "evaluate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        dst_td3.train(Arguments(**TINY, results_dir=tmp_path))
+    assert list(tmp_path.rglob("summary.json"))
+
+
+def test_a_second_interrupt_leaves_a_script_its_cleaning_up(tmp_path, monkeypatch):
+    def interrupted(run: dst_td3.Run) -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(dst_td3.Run, "advance", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        dst_td3.train(Arguments(**TINY, results_dir=tmp_path))
+
+
+def test_a_broken_pipe_of_others_is_none_of_a_runs_business(tmp_path, monkeypatch):
+    advance, (reading, writing) = dst_td3.Run.advance, os.pipe()
+    os.close(reading)
+
+    def writes(run: dst_td3.Run) -> None:
+        advance(run)
+        with pytest.raises(BrokenPipeError):
+            os.write(writing, b"x")
+
+    monkeypatch.setattr(dst_td3.Run, "advance", writes)
+    assert (dst_td3.train(Arguments(**TINY, results_dir=tmp_path)) / "summary.json").exists()
+    os.close(writing)
+
+
+def test_what_a_script_passes_counts_as_on_the_command_line(tmp_path):
+    policy = dst_td3.train(Arguments(**TINY, results_dir=tmp_path)) / "policy.npz"
+    given = {"seed": np.int64(3), "hidden": np.array([8, 8]), "er_lambda": [1.0, 2], "snapshot_at": [150]}
+    args = Arguments(env="Hopper-v4", **given, initial_policy=str(policy))
+    same = Arguments("Hopper-v4", seed=3, hidden=(8, 8), er_lambda=(1, 2), snapshot_at=(150,), initial_policy=policy)
+    assert args == same and dst_td3.arguments_to_store(args) == dst_td3.arguments_to_store(same)
+    args.validate()
+    for wrong in ({"seed": 1.5}, {"hidden": (8.0, 8)}, {"learning_starts": 100.5}, {"snapshot_at": (200.5,)}):
+        with pytest.raises(InputError, match="must be"):
+            Arguments(**wrong).validate()
 
 
 def test_the_wheel_has_the_algorithms_and_their_commands(tmp_path):

@@ -48,7 +48,7 @@ def test_the_first_interrupt_says_what_stops_and_the_second_stops(tmp_path):
         time.sleep(0.5)
         assert process.poll() is None
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=30) == -signal.SIGINT and process.stderr.read() == ""
+        assert process.wait(timeout=30) == 128 + signal.SIGINT and process.stderr.read() == ""
 
 
 LONG = ("--env", "point:Point-v0", *TRAINING[2:], "--total-timesteps", "1000")
@@ -77,7 +77,7 @@ def test_a_reader_that_goes_away_costs_no_checkpoint(tmp_path, undisturbed):
         process.stdout.close()
         error = process.stderr.read()
         assert process.wait(timeout=60) == 128 + signal.SIGPIPE and head.stdout.count("\n") == 3
-        assert error.startswith("stopping after this evaluation and episode") and error.count("\n") == 1
+        assert error == ""
     assert_goes_on(tmp_path, undisturbed)
 
 
@@ -91,9 +91,11 @@ def test_an_interrupt_without_a_reader_costs_no_checkpoint(tmp_path, undisturbed
     assert_goes_on(tmp_path, undisturbed)
 
 
-def test_a_reader_of_little_wants_no_more(tmp_path):
+@pytest.mark.parametrize("what", ["--describe", "a finished run"])
+def test_a_reader_of_little_wants_no_more(tmp_path, undisturbed, what):
     """``--describe`` and a finished run print, and end by the same code as others do there."""
-    with started("--describe") as process:
+    finished = (*LONG, "--results-dir", undisturbed.parents[2])
+    with started(*(finished if what == "a finished run" else ("--describe",))) as process:
         process.stdout.close()
         error = process.stderr.read()
         assert (process.wait(timeout=60), error) == (128 + signal.SIGPIPE, "")

@@ -54,7 +54,7 @@ def test_a_stopped_run_resumes_to_the_same_bytes(command_line, unbroken, tmp_pat
 def test_a_second_signal_stops_at_once(command_line, tmp_path):
     def twice() -> None:
         signal.raise_signal(signal.SIGINT)
-        assert signal.getsignal(signal.SIGINT) == signal.SIG_DFL
+        assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
         raise Killed
 
     with before_step(500, twice), pytest.raises(Killed):
