@@ -1,6 +1,7 @@
 """How the tests are set up, and the runs that several of them read."""
 
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import hypothesis
 import pytest
 import torch
 
-pytest.register_assert_rewrite("engines", "point", "runs")
+pytest.register_assert_rewrite("engines", "point", "running")
 
 from point import TRAINING  # noqa: E402
 from running import SHORT, run_directory, start_process, train_here, wait_for_step  # noqa: E402
@@ -18,6 +19,14 @@ hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=Tr
 hypothesis.settings.load_profile("repeatable")
 
 torch.set_num_threads(1)  # as runs do: networks are small
+
+
+@pytest.fixture(scope="session", autouse=True)
+def foreground():
+    """Let Ctrl-C interrupt, also where the tests run in a shell's background, which has it ignored."""
+    former = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, former)
 
 
 @pytest.fixture(scope="session")
