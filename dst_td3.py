@@ -148,47 +148,11 @@ class Arguments:
         return type(self)(env=self.env, method=self.method)
 
     def validate(self) -> None:
-        """Raise InputError for the first argument that no run can use."""
-        for field in dataclasses.fields(self):  # the command line has seen to it, a script may not have
-            if choices := get_args(field.type) if get_origin(field.type) is Literal else ():
-                self._require(getattr(self, field.name) in choices, field.name, " or ".join(choices))
-        at_least_one = ("adapt_interval", "total_timesteps", "batch_size", "buffer_size", "policy_frequency", "threads")
-        for name in (*at_least_one, "updates_per_step", "eval_interval", "eval_episodes", "checkpoint_interval"):
-            whole = isinstance(getattr(self, name), int)
-            self._require(whole and getattr(self, name) > 0, name, "a positive whole number")
-        for name in ("seed", "learning_starts"):
-            whole = isinstance(getattr(self, name), int)
-            self._require(whole and getattr(self, name) >= 0, name, "zero or a positive whole number")
-        for name in ("weight_decay", "exploration_noise", "policy_noise", "noise_clip"):
-            self._require(0 <= getattr(self, name) < math.inf, name, "zero or a positive number")
-        for name in ("drop_fraction", "adapt_until", "gamma", "tau"):
-            self._require(0 <= getattr(self, name) <= 1, name, "between 0 and 1")
-        self._require(self.threads <= 4096, "threads", "at most 4096")
-        self._require(0 < self.learning_rate < math.inf, "learning_rate", "a positive number")
-        widths = all(isinstance(width, int) and width > 0 for width in self.hidden) and self.hidden
-        self._require(widths, "hidden", "one or more positive widths")
-        later = f"more than --learning-starts ({self.learning_starts})"
-        self._require(self.total_timesteps > self.learning_starts, "total_timesteps", later)
-        snapshots = all(isinstance(s, int) and 0 < s <= self.total_timesteps for s in self.snapshot_at)
-        self._require(snapshots, "snapshot_at", f"steps of the run, 1 to {self.total_timesteps}")
-        self._require(0 <= (self.sparsity or 0) < 1, "sparsity", "at least 0 and below 1")
-        lambdas = (1,) * len(self.hidden) if self.er_lambda is None else self.er_lambda
-        proper = len(lambdas) == len(self.hidden) and all(0 < value < math.inf for value in lambdas)
-        self._require(proper, "er_lambda", f"{len(self.hidden)} positive numbers, one for each hidden layer")
-        if self.dense and (self.sparsity, self.er_lambda) != (None, None):
-            raise InputError(f"--method {self.method} is dense: leave out --sparsity and --er-lambda")
-        if self.sparsity is not None and self.er_lambda is not None:
-            raise InputError("--sparsity and --er-lambda both set the number of connections: give one of them")
-        self._require(self.device == "cpu" or torch.cuda.is_available(), "device", "cpu (torch finds no GPU to use)")
-        for flag, package in (("tensorboard", "tensorboard"), ("track", "wandb"), ("track", "tensorboard")):
-            if getattr(self, flag) and importlib.util.find_spec(package) is None:
-                raise InputError(f"--{flag} needs the package {package}: pip install {package}")
-        if self.initial_policy is not None:
-            read_policy(self.initial_policy, self.env)
-        with reported_as(InputError, f"--env-kwargs must be JSON in braces, not {self.env_kwargs}:"):
-            dict(**json.loads("{}" if self.env_kwargs is None else self.env_kwargs))
+        """Raise InputError for the first argument that no run can use; a variant adds its own."""
+        check_arguments(self)
 
-    def _require(self, condition: bool, name: str, expected: str) -> None:
+    def require(self, condition: bool, name: str, expected: str) -> None:
+        """Raise InputError, which says what was ``expected`` of an argument, unless a condition holds."""
         if not condition:
             raise InputError(f"--{name.replace('_', '-')} must be {expected}, not {getattr(self, name)}")
 
@@ -896,6 +860,48 @@ def provenance() -> dict:
 
 
 # --- Run --------------------------------------------------------------------------------------------------------------
+def check_arguments(args: Arguments) -> None:
+    """Raise InputError for the first argument that no run can use."""
+    for field in dataclasses.fields(args):  # the command line has seen to it, a script may not have
+        if choices := get_args(field.type) if get_origin(field.type) is Literal else ():
+            args.require(getattr(args, field.name) in choices, field.name, " or ".join(choices))
+    at_least_one = ("adapt_interval", "total_timesteps", "batch_size", "buffer_size", "policy_frequency", "threads")
+    for name in (*at_least_one, "updates_per_step", "eval_interval", "eval_episodes", "checkpoint_interval"):
+        whole = isinstance(getattr(args, name), int)
+        args.require(whole and getattr(args, name) > 0, name, "a positive whole number")
+    for name in ("seed", "learning_starts"):
+        whole = isinstance(getattr(args, name), int)
+        args.require(whole and getattr(args, name) >= 0, name, "zero or a positive whole number")
+    for name in ("weight_decay", "exploration_noise", "policy_noise", "noise_clip"):
+        args.require(0 <= getattr(args, name) < math.inf, name, "zero or a positive number")
+    for name in ("drop_fraction", "adapt_until", "gamma", "tau"):
+        args.require(0 <= getattr(args, name) <= 1, name, "between 0 and 1")
+    args.require(args.threads <= 4096, "threads", "at most 4096")
+    args.require(0 < args.learning_rate < math.inf, "learning_rate", "a positive number")
+    widths = all(isinstance(width, int) and width > 0 for width in args.hidden) and args.hidden
+    args.require(widths, "hidden", "one or more positive widths")
+    later = f"more than --learning-starts ({args.learning_starts})"
+    args.require(args.total_timesteps > args.learning_starts, "total_timesteps", later)
+    snapshots = all(isinstance(s, int) and 0 < s <= args.total_timesteps for s in args.snapshot_at)
+    args.require(snapshots, "snapshot_at", f"steps of the run, 1 to {args.total_timesteps}")
+    args.require(0 <= (args.sparsity or 0) < 1, "sparsity", "at least 0 and below 1")
+    lambdas = (1,) * len(args.hidden) if args.er_lambda is None else args.er_lambda
+    proper = len(lambdas) == len(args.hidden) and all(0 < value < math.inf for value in lambdas)
+    args.require(proper, "er_lambda", f"{len(args.hidden)} positive numbers, one for each hidden layer")
+    if args.dense and (args.sparsity, args.er_lambda) != (None, None):
+        raise InputError(f"--method {args.method} is dense: leave out --sparsity and --er-lambda")
+    if args.sparsity is not None and args.er_lambda is not None:
+        raise InputError("--sparsity and --er-lambda both set the number of connections: give one of them")
+    args.require(args.device == "cpu" or torch.cuda.is_available(), "device", "cpu (torch finds no GPU to use)")
+    for flag, package in (("tensorboard", "tensorboard"), ("track", "wandb"), ("track", "tensorboard")):
+        if getattr(args, flag) and importlib.util.find_spec(package) is None:
+            raise InputError(f"--{flag} needs the package {package}: pip install {package}")
+    if args.initial_policy is not None:
+        read_policy(args.initial_policy, args.env)
+    with reported_as(InputError, f"--env-kwargs must be JSON in braces, not {args.env_kwargs}:"):
+        dict(**json.loads("{}" if args.env_kwargs is None else args.env_kwargs))
+
+
 def resolve(args: Arguments) -> Arguments:
     """Fill in what is left open, engine and number of connections. InputError if the sparse engine is unavailable."""
     needed = ("sparse_engine", "numba", "scipy", "threadpoolctl")

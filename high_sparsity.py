@@ -65,7 +65,7 @@ class HighSparsityArguments(Arguments):
     def validate(self) -> None:
         """Raise InputError for the first argument that no run can use."""
         super().validate()
-        self._require(0 <= self.step_exponent <= 1, "step_exponent", "between 0 and 1")
+        self.require(0 <= self.step_exponent <= 1, "step_exponent", "between 0 and 1")
         if self.recycle_dormant and not self.weight_decay:
             raise InputError("--weight-decay must be positive with --recycle-dormant: decay shows that a unit is dead")
         if self.drop_by == "contribution" and not self.adapts:
