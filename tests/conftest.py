@@ -21,7 +21,7 @@ hypothesis.settings.load_profile("repeatable")
 torch.set_num_threads(1)  # as runs do: networks are small
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(autouse=True)
 def foreground():
     """Let Ctrl-C interrupt, also where the tests run in a shell's background, which has it ignored."""
     former = signal.signal(signal.SIGINT, signal.default_int_handler)
