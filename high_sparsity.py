@@ -54,6 +54,7 @@ class HighSparsityArguments(Arguments):
     step_exponent: float = 0.5  # a sparse layer learns at density ** -step_exponent times the learning rate
 
     def __post_init__(self):
+        super().__post_init__()
         if self.drop_by is None:
             object.__setattr__(self, "drop_by", "contribution" if self.adapts else "magnitude")
 

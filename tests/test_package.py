@@ -17,6 +17,7 @@ import pytest
 
 import dst_td3
 from dst_td3 import Arguments, InputError, RunError
+from high_sparsity import HighSparsityArguments
 
 ROOT = Path(dst_td3.__file__).parent
 TINY = {"env": "Hopper-v4", "engine": "masked", "hidden": (8, 8), "sparsity": 0.5, "batch_size": 8}
@@ -121,6 +122,8 @@ def test_what_a_script_passes_counts_as_on_the_command_line(tmp_path):
     same = Arguments("Hopper-v4", seed=3, hidden=(8, 8), er_lambda=(1, 2), snapshot_at=(150,), initial_policy=policy)
     assert args == same and dst_td3.arguments_to_store(args) == dst_td3.arguments_to_store(same)
     args.validate()
+    of_a_variant = (HighSparsityArguments(results_dir=path, hidden=[8, 8]) for path in ("x", Path("x")))
+    assert next(of_a_variant) == next(of_a_variant) == HighSparsityArguments(results_dir=Path("x"), hidden=(8, 8))
     for wrong in ({"seed": 1.5}, {"hidden": (8.0, 8)}, {"learning_starts": 100.5}, {"snapshot_at": (200.5,)}):
         with pytest.raises(InputError, match="must be"):
             Arguments(**wrong).validate()
