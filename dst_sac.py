@@ -64,12 +64,8 @@ class SACArguments(Arguments):
     OUTPUTS_PER_ACTION: ClassVar = 2  # mean and logarithmic deviation
     # For Ant-v4 as in TD3: the paper's 30 would be more than a full layer, 9.5 keeps its density on Ant-v3 (0.39).
     PAPER_LAMBDA: ClassVar = {
-        "HalfCheetah-v4": (12.0, 80.0),
-        "Hopper-v4": (7.0, 20.0),
-        "Walker2d-v4": (12.0, 80.0),
-        "HalfCheetah-v5": (12.0, 80.0),
-        "Hopper-v5": (7.0, 20.0),
-        "Walker2d-v5": (12.0, 80.0),
+        **dict.fromkeys(("HalfCheetah-v4", "HalfCheetah-v5", "Walker2d-v4", "Walker2d-v5"), (12.0, 80.0)),
+        **dict.fromkeys(("Hopper-v4", "Hopper-v5"), (7.0, 20.0)),
         "Ant-v4": (9.5, 64.0),
         "Humanoid-v4": (61.0, 64.0),
     }

@@ -739,12 +739,17 @@ def learning_curve_area(evaluations: list[dict], total_timesteps: int) -> float:
 
 
 # --- Files ------------------------------------------------------------------------------------------------------------
+def discard_output() -> None:
+    """Send nowhere what is printed from now on, since its reader has gone away."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def say(line: str, stopped: list) -> None:
     """Print a line at once. Where the reader has gone away, such as head, SIGPIPE joins ``stopped``, in silence."""
     try:
         print(line, flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()
         stopped.append(signal.SIGPIPE)
 
 
@@ -1253,7 +1258,7 @@ def command_line(program: Callable[[str], None]) -> int:
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except BrokenPipeError:  # a reader that has gone away, such as head, wants no more
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()
         return 128 + signal.SIGPIPE
     except (InputError, RunError) as error:
         print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
