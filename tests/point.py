@@ -111,6 +111,24 @@ class Point(gymnasium.Env):
         return self._observe(), reward, done, False, {}
 
 
+class Still(gymnasium.Env):
+    """A point that does not move, in episodes of some steps."""
+
+    observation_space, action_space = Box(-1, 1, (3,), np.float32), Box(-1, 1, (2,), np.float32)
+
+    def __init__(self, reward: float = 0.0, length: int = 10):
+        self.reward, self.length = reward, length
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.steps = 0
+        return np.zeros(3, np.float32), {}
+
+    def step(self, action):
+        self.steps += 1
+        return np.zeros(3, np.float32), self.reward, self.steps == self.length, False, {}
+
+
 gymnasium.register("Point-v0", entry_point=Point)
 gymnasium.register("Point-v1", entry_point=Point, max_episode_steps=50)
 

@@ -217,25 +217,24 @@ def test_quick_results_stay_apart():
 def test_list_estimates_the_time_from_finished_runs(monkeypatch, tmp_path):
     _, _, unknown = run_campaign("--list", "--results-dir", tmp_path)
     assert "310 runs of 1000000 steps, 310 of them not finished" in unknown and unknown.count("unknown") == 2
-    run = tmp_path / "Hopper-v4" / "td3" / "seed0"
-    run.mkdir(parents=True)
-    summary = {"steps": 1_000_000, "training_seconds": 3000.0, "evaluation_seconds": 600.0}
-    (run / "summary.json").write_text(json.dumps(summary, indent=2))
+
+    def finish(run: str, training_seconds: float) -> None:
+        (tmp_path / run).mkdir(parents=True)
+        summary = {"steps": 1_000_000, "training_seconds": training_seconds, "evaluation_seconds": 600.0}
+        (tmp_path / run / "summary.json").write_text(json.dumps(summary, indent=2))
+
+    finish("Hopper-v4/td3/seed0", 3000.0)
     _, _, estimate = run_campaign("--list", "--results-dir", tmp_path)
     assert "309 of them not finished" in estimate
     assert "TD3: about 260.0 core-hours for all 260, 259.0 for the 259 missing ones (by 1 finished run" in estimate
     assert "SAC: no run of half as many steps is finished" in estimate
     # SAC's runs have costs of their own.
-    run = tmp_path / "Hopper-v4" / "ds-sac_sparsity=0.5" / "seed0"
-    run.mkdir(parents=True)
-    (run / "summary.json").write_text(json.dumps(summary | {"training_seconds": 6600.0}, indent=2))
+    finish("Hopper-v4/ds-sac_sparsity=0.5/seed0", 6600.0)
     _, _, estimate = run_campaign("--list", "--results-dir", tmp_path)
     assert "TD3: about 260.0 core-hours for all 260, 259.0 for" in estimate
     assert "SAC: about 100.0 core-hours for all 50, 100.0 for the 50 missing ones (by 1 finished run" in estimate
     # Where a setting has finished runs, they tell of it, and all together of the others.
-    run = tmp_path / "Humanoid-v4" / "td3" / "seed0"
-    run.mkdir(parents=True)
-    (run / "summary.json").write_text(json.dumps(summary | {"training_seconds": 10200.0}, indent=2))
+    finish("Humanoid-v4/td3/seed0", 10200.0)
     _, _, estimate = run_campaign("--list", "--results-dir", tmp_path)
     hours = {"Hopper-v4 td3": 5 * 1, "Humanoid-v4 td3": 5 * 3, "all others": 250 * 2}
     assert f"TD3: about {sum(hours.values()):.1f} core-hours for all 260, {sum(hours.values()) - 4:.1f} for" in estimate

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from point import Still
 from running import PROGRAM, Killed, assert_same_bytes
 
 import dst_td3
@@ -24,26 +25,6 @@ import watch
 
 sys.path.insert(0, str(PROGRAM.parent / "examples"))
 import export_c
-
-
-class Still(gymnasium.Env):
-    """A point that does not move, in episodes of ten steps."""
-
-    observation_space = gymnasium.spaces.Box(-1, 1, (3,), np.float32)
-    action_space = gymnasium.spaces.Box(-1, 1, (2,), np.float32)
-
-    def __init__(self, reward: float = 0.0):
-        self.reward = reward
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.steps = 0
-        return np.zeros(3, np.float32), {}
-
-    def step(self, action):
-        self.steps += 1
-        return np.zeros(3, np.float32), self.reward, self.steps == 10, False, {}
-
 
 gymnasium.register("Still-v0", entry_point=Still)
 

@@ -13,6 +13,7 @@ import imageio.v3
 import numpy as np
 import pytest
 from gymnasium.envs.mujoco.hopper_v4 import HopperEnv
+from point import Still
 from running import PROGRAM, SHORT, rows_of, run_directory, run_here, train_here
 
 import dst_td3
@@ -185,24 +186,15 @@ def test_the_viewer_is_for_mujoco(monkeypatch):
         pass
 
 
-class Drawn(gymnasium.Env):
+class Drawn(Still):
     """Five steps to an episode, of pictures, or of what it is told to draw after some of them; it may fail to close."""
 
-    observation_space, action_space = gymnasium.spaces.Box(-1, 1, (3,)), gymnasium.spaces.Box(-1, 1, (2,))
     metadata = {"render_modes": ["rgb_array"], "render_fps": 25}  # noqa: RUF012, as Gymnasium has it
     later, closes = "picture", True
 
     def __init__(self, size: int = 32, render_mode: str | None = None):
+        super().__init__(reward=1.0, length=5)
         self.size, self.render_mode, self.drawn = size, render_mode, 0
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.steps = 0
-        return np.zeros(3, np.float32), {}
-
-    def step(self, action):
-        self.steps += 1
-        return np.zeros(3, np.float32), 1.0, self.steps == 5, False, {}
 
     def render(self):
         self.drawn += 1
