@@ -200,10 +200,10 @@ class MaskedSACEngine(MaskedEngine):
         batch: Batch = self.batch(buffer, indices)
         with torch.no_grad():
             next_action, next_log_probability = self.draw(batch.next_observation, noise)
-            next_values = forward(self.critics.target, torch.cat([batch.next_observation, next_action], dim=-1))
+            next_values = self.values(self.critics.target, batch.next_observation, next_action)
             next_value = next_values.amin(dim=-3) - temperature * next_log_probability
             target_value = batch.reward + self.args.gamma * (1 - batch.terminated) * next_value
-        values = forward(self.critics.layers, torch.cat([batch.observation, batch.action], dim=-1))
+        values = self.values(self.critics.layers, batch.observation, batch.action)
         loss = (values - target_value).square().mean(dim=(-2, -1)).sum()
         self.critics.minimize(loss)
         return {"critic_loss": loss.detach(), "value": values.detach().mean()}
@@ -214,7 +214,7 @@ class MaskedSACEngine(MaskedEngine):
         """Move the actor towards actions that the minimum critic values more, and towards entropy."""
         observation = self.batch(buffer, indices).observation
         action, drawn_log_probability = self.draw(observation, noise)
-        values = forward(self.critics.layers, torch.cat([observation, action], dim=-1))
+        values = self.values(self.critics.layers, observation, action)
         loss = (temperature * drawn_log_probability - values.amin(dim=-3)).mean()
         self.actor.minimize(loss)
         return {"actor_loss": loss.detach(), "entropy": -drawn_log_probability.detach().mean()}

@@ -120,6 +120,11 @@ class Arguments:
             object.__setattr__(self, field.name, Path(value) if is_path else value)
 
     @property
+    def sparsities(self) -> tuple[float | None, float | None]:
+        """Sparsities of the actor's and of each critic's hidden layers; a variant may set them apart."""
+        return self.sparsity, self.sparsity
+
+    @property
     def dense(self) -> bool:
         """Whether the networks hold every connection."""
         return not self.method.startswith(("ds-", "static-"))
@@ -142,6 +147,10 @@ class Arguments:
         names = ("batch_size", "learning_rate", "weight_decay", "gamma", "tau", "drop_fraction")
         numbers = {name: getattr(self, name) for name in (*names, "policy_noise", "noise_clip")}
         return SparseEngine(actor, critics, bounds, **numbers)
+
+    def make_buffer(self, observations: int, actions: int) -> "ReplayBuffer":
+        """Return the replay buffer of a run, for so many numbers in each; a variant may have its own."""
+        return ReplayBuffer(min(self.buffer_size, self.total_timesteps), observations, actions)
 
     def papers(self) -> "Arguments":
         """Return the paper's setting of this environment and method; a run's name says what differs from it."""
@@ -410,8 +419,8 @@ class ReplayBuffer:
         with reported_as(InputError, f"--buffer-size {capacity} is more than there is memory for:", MemoryError):
             self.rows = np.zeros((capacity, sum(widths)), dtype=np.float32)
 
-    def add(self, transition: Batch) -> None:
-        """Store a transition, over the oldest one when the buffer is full."""
+    def add(self, transition: Batch, ended: bool) -> None:
+        """Store a transition, over the oldest one when the buffer is full; has its episode ``ended``?"""
         self.rows[self.added % len(self.rows)] = np.concatenate(transition)
         self.added += 1
 
@@ -482,16 +491,20 @@ class MaskedEngine:
             noise = (noise * self.args.policy_noise).clamp(-self.args.noise_clip, self.args.noise_clip)
             next_action = policy(self.actor.target, batch.next_observation, self.low, self.high)
             next_action = (next_action + noise * (self.high - self.low) / 2).clamp(self.low, self.high)
-            next_values = forward(self.critics.target, torch.cat([batch.next_observation, next_action], dim=-1))
+            next_values = self.values(self.critics.target, batch.next_observation, next_action)
             target_value = batch.reward + self.args.gamma * (1 - batch.terminated) * next_values.amin(dim=-3)
-        values = forward(self.critics.layers, torch.cat([batch.observation, batch.action], dim=-1))
+        values = self.values(self.critics.layers, batch.observation, batch.action)
         return (values - target_value).square().mean(dim=(-2, -1)).sum(), values
 
     def actor_loss(self, batch: Batch) -> Tensor:
         """Return the loss of the deterministic policy gradient: what the first critic says of the actor's actions."""
         first_critic = [Layer(*(tensor[..., 0, :, :] for tensor in layer)) for layer in self.critics.layers]
         action = policy(self.actor.layers, batch.observation, self.low, self.high)
-        return -forward(first_critic, torch.cat([batch.observation, action], dim=-1)).mean()
+        return -self.values(first_critic, batch.observation, action).mean()
+
+    def values(self, critics: list[Layer], observation: Tensor, action: Tensor) -> Tensor:
+        """Return what critics say of actions [batch, actions], [critics, batch, 1]; of one of them, [batch, 1]."""
+        return forward(critics, torch.cat([observation, action], dim=-1))
 
 
 class TD3:
@@ -677,7 +690,8 @@ def network_sizes(env: gymnasium.Env, args: Arguments) -> list[tuple[list[int], 
     """Return widths and connections of the layers of the actor and of each critic; InputError as count_connections."""
     observations, actions = env.observation_space.shape[0], env.action_space.shape[0]
     both = [observations, *args.hidden, actions * args.OUTPUTS_PER_ACTION], [observations + actions, *args.hidden, 1]
-    return [(widths, count_connections(widths, args.sparsity, args.er_lambda)) for widths in both]
+    pairs = zip(both, args.sparsities, strict=True)
+    return [(widths, count_connections(widths, sparsity, args.er_lambda)) for widths, sparsity in pairs]
 
 
 def count_costs(env: gymnasium.Env, args: Arguments) -> dict[str, float]:
@@ -685,11 +699,12 @@ def count_costs(env: gymnasium.Env, args: Arguments) -> dict[str, float]:
 
     A backward pass is two forward ones, the critic's part in the actor's loss is left out, and every step counts.
     """
-    costs = []
-    for setting in (args, dataclasses.replace(args, sparsity=None, er_lambda=None, updates_per_step=1)):
-        actor, critic = (sum(connections) for _, connections in network_sizes(env, setting))
-        updates = setting.total_timesteps * setting.updates_per_step * setting.batch_size
-        costs.append((actor + 2 * critic, updates * (6 * 2 * critic + 6 * actor / setting.policy_frequency)))
+    sizes, costs = network_sizes(env, args), []
+    sparse = [sum(connections) for _, connections in sizes]
+    dense = [sum(map(math.prod, itertools.pairwise(widths))) for widths, _ in sizes]
+    for (actor, critic), updates_per_step in ((sparse, args.updates_per_step), (dense, 1)):
+        updates = args.total_timesteps * updates_per_step * args.batch_size
+        costs.append((actor + 2 * critic, updates * (6 * 2 * critic + 6 * actor / args.policy_frequency)))
     (connections, flops), (dense_connections, dense_flops) = costs
     counts = {"connections": connections, "sparsity": 1 - connections / dense_connections}
     return counts | {"training_flops": flops, "training_flops_of_dense": dense_flops}
@@ -981,9 +996,8 @@ class Run:
         require_memory(self.env, args)
         self.costs, (actor, critic) = count_costs(self.env, args), network_sizes(self.env, args)
         networks = initial_layers(*actor, self.rng), initial_layers(*critic, self.rng, networks=(2,))
-        capacity = min(args.buffer_size, args.total_timesteps)
         observations = self.env.observation_space.shape[0]
-        self.buffer = ReplayBuffer(capacity, observations, *self.env.action_space.shape)
+        self.buffer = args.make_buffer(observations, *self.env.action_space.shape)
         self.initial_policy = load_policy(args.initial_policy, args.env) if args.initial_policy else None
         if self.initial_policy and self.initial_policy(np.zeros(observations)).shape != self.bounds[0].shape:
             raise InputError(f"{args.initial_policy} does not have the {len(self.bounds[0])} actions of {args.env}")
@@ -1013,9 +1027,10 @@ class Run:
         else:
             action = self.agent.explore(observation, self.rng, self.initial_policy if first else None)
         self.observation, reward, terminated, truncated, _ = self.env.step(action)
-        self.buffer.add(Batch(observation, action, [reward], self.observation, [terminated]))
+        transition = Batch(observation, action, [reward], self.observation, [terminated])
+        self.buffer.add(transition, terminated or truncated)
         self.step, self.between_episodes = self.step + 1, False
-        if self.buffer.added - self.buffer.saved == len(self.buffer.rows):  # before they are overwritten
+        if 2 * (self.buffer.added - self.buffer.saved) >= len(self.buffer.rows):  # before any is overwritten
             self.buffer.save(self.transitions)
         if terminated or truncated:
             self.begin_episode()
