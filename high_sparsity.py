@@ -1,6 +1,6 @@
 """Agents at sparsity 0.9 and above, which the paper does not cover: a variant of DS-TD3.
 
-``python high_sparsity.py --env Ant-v4 --sparsity 0.9`` trains with all four parts; each can be set by an argument.
+``python high_sparsity.py --env Ant-v4 --sparsity 0.9`` trains with the first four; each part is an argument.
 
 1. A sparse layer's weights take larger steps: Adam's, times density ** -0.5. A unit with a tenth of the inputs moves a
    tenth as far in one step of the same size (with exponent 1 it is SμPar, arXiv 2405.15743).
@@ -10,10 +10,14 @@
    connections away. After Wanda (arXiv 2306.11695), which measures by the norm.
 4. Dormant units are drawn anew (ReDo, arXiv 2302.12902): a unit that nothing activates has no gradient, weight decay
    takes its weights to zero, and connections grown into it stay there.
+5. Targets of several steps (``--n-step``): the rewards of n steps, then what the target critics say (arXiv 1710.02298).
+6. Layer normalization in the critics (``--layer-norm``), before the ReLU of their hidden layers (arXiv 1607.06450).
+7. An actor and critics of different sparsities (``--actor-sparsity``, ``--critic-sparsity``; arXiv 2205.15043).
 
 ``docs/high-sparsity.md`` says what each part is worth.
 """
 
+import collections
 import dataclasses
 import sys
 from collections.abc import Callable
@@ -23,10 +27,12 @@ import numpy as np
 import torch
 from numpy.random import Generator
 from torch import Tensor
+from torch.nn.functional import layer_norm
 
 from dst_td3 import (
     TD3,
     Arguments,
+    Batch,
     InputError,
     Layer,
     MaskedEngine,
@@ -52,11 +58,21 @@ class HighSparsityArguments(Arguments):
     recycle_dormant: bool = True  # draw hidden units anew that have died, when an adaptation is due (ReDo)
     updates_per_step: int = 2  # update-to-data ratio: critic updates after each environment step
     step_exponent: float = 0.5  # a sparse layer learns at density ** -step_exponent times the learning rate
+    n_step: int = 1  # steps whose rewards a target value adds up before it asks the target critics
+    layer_norm: bool = False  # normalize the outputs of the critics' hidden layers before their ReLU
+    actor_sparsity: float | None = None  # beside --sparsity: another one for the actor
+    critic_sparsity: float | None = None  # beside --sparsity: another one for the critics
 
     def __post_init__(self):
         super().__post_init__()
         if self.drop_by is None:
             object.__setattr__(self, "drop_by", "contribution" if self.adapts else "magnitude")
+
+    @property
+    def sparsities(self) -> tuple[float | None, float | None]:
+        """Sparsities of the actor's and of each critic's hidden layers."""
+        own = self.actor_sparsity, self.critic_sparsity
+        return tuple(self.sparsity if sparsity is None else sparsity for sparsity in own)
 
     def papers(self) -> "HighSparsityArguments":
         """Return the paper's setting of this environment and method; a run's name says what differs from it."""
@@ -67,22 +83,61 @@ class HighSparsityArguments(Arguments):
         """Raise InputError for the first argument that no run can use."""
         super().validate()
         self.require(0 <= self.step_exponent <= 1, "step_exponent", "between 0 and 1")
+        most = min(self.learning_starts + 1, max(1, self.buffer_size // 2))
+        whole = isinstance(self.n_step, int)
+        self.require(whole and 0 < self.n_step <= most, "n_step", f"a whole number from 1 to {most}")
+        for name in ("actor_sparsity", "critic_sparsity"):
+            self.require(0 <= (getattr(self, name) or 0) < 1, name, "at least 0 and below 1")
+            if getattr(self, name) is not None and self.sparsity is None:
+                raise InputError(f"--{name.replace('_', '-')} goes with --sparsity, which the other networks have")
         if self.recycle_dormant and not self.weight_decay:
             raise InputError("--weight-decay must be positive with --recycle-dormant: decay shows that a unit is dead")
         if self.drop_by == "contribution" and not self.adapts:
             raise InputError(f"--drop-by contribution needs a method that drops connections, not {self.method}")
+
+    def make_buffer(self, observations: int, actions: int) -> ReplayBuffer:
+        """Return the replay buffer of a run, for so many numbers in each."""
+        capacity = min(self.buffer_size, self.total_timesteps)
+        return MultiStepBuffer(capacity, observations, actions, self.n_step, self.gamma)
 
     def make_agent(self, actor: list[Layer], critics: list[Layer], bounds: tuple) -> TD3:
         """Return the agent to train."""
         return HighSparsityTD3(self.make_engine(actor, critics, bounds, HighSparsityMaskedEngine), bounds, self)
 
 
+# --- Multi-step targets -----------------------------------------------------------------------------------------------
+class MultiStepBuffer(ReplayBuffer):
+    """A replay buffer of transitions over so many ``steps``, or as many as are left in the episode.
+
+    A row has the discounted sum of their rewards and the observation after them. An engine discounts the value of that
+    by ``gamma * (1 - terminated)``: what stands for ``terminated`` makes this gamma ** steps, or 0 at a real end.
+    """
+
+    def __init__(self, capacity: int, observations: int, actions: int, steps: int, gamma: float):
+        super().__init__(capacity, observations, actions)
+        self.steps, self.gamma = steps, gamma
+        self.recent: collections.deque[Batch] = collections.deque()  # transitions that wait for the next ones
+
+    def add(self, transition: Batch, ended: bool) -> None:
+        """Take a transition, and store what is complete by it: everything when its episode has ``ended``."""
+        self.recent.append(transition)
+        while len(self.recent) == self.steps or (ended and self.recent):
+            first, last = self.recent[0], self.recent[-1]
+            reward = sum(self.gamma**k * later.reward[0] for k, later in enumerate(self.recent))
+            terminated = 1 if last.terminated[0] else 1 - self.gamma ** (len(self.recent) - 1)
+            summed = Batch(first.observation, first.action, [reward], last.next_observation, [terminated])
+            super().add(summed, ended)
+            self.recent.popleft()
+
+
 # --- Agent ------------------------------------------------------------------------------------------------------------
 class HighSparsityTD3(TD3):
-    """TD3 with the recipe, on an engine whose networks do ``scale_steps``, ``contributions`` and ``redraw_dormant``."""
+    """TD3 with the recipe, on an engine whose networks do what ``HighSparsityNetwork`` does."""
 
     def __init__(self, engine, bounds: tuple[np.ndarray, np.ndarray], args: HighSparsityArguments):
         super().__init__(engine, bounds, args)
+        if args.layer_norm:
+            engine.critics.normalize_hidden()
         for network in self.networks.values():
             layers = network.layer_arrays()
             network.scale_steps([float(mask.sum() / mask.size) ** -args.step_exponent for _, mask, _ in layers])
@@ -104,16 +159,22 @@ class HighSparsityTD3(TD3):
 
 
 # --- Masked engine ----------------------------------------------------------------------------------------------------
-def contributions(layers: list[Layer], x: Tensor) -> list[Tensor]:
+def activate(layer: Layer, x: Tensor, normalized: bool) -> Tensor:
+    """Return the outputs [..., batch, outputs] of a hidden layer for ``x`` [..., batch, inputs]."""
+    x = forward([layer], x)
+    return torch.relu(layer_norm(x, x.shape[-1:]) if normalized else x)
+
+
+def contributions(layers: list[Layer], x: Tensor, normalized: bool = False) -> list[Tensor]:
     """Return the weights of each layer but the last, times the standard deviations of the inputs that they weigh.
 
-    Those are over ``x`` [..., batch, inputs].
+    Those are over ``x`` [..., batch, inputs]; hidden layers may be ``normalized``.
     """
     scores = []
     for layer in layers[:-1]:
         change = x - x[..., :1, :]  # so that an input that never changes deviates by exactly zero in either engine
         scores.append(layer.weight * change.std(dim=-2, correction=0).unsqueeze(-1))
-        x = torch.relu(forward([layer], x))
+        x = activate(layer, x, normalized)
     return scores
 
 
@@ -124,6 +185,12 @@ def is_dormant(layer: Layer, threshold: float = DORMANT) -> Tensor:
 
 class HighSparsityNetwork(MaskedNetwork):
     """A masked network with what the recipe asks of it; ``SparseNetwork`` has the same methods."""
+
+    normalized = False  # whether the outputs of hidden layers are, before their ReLU
+
+    def normalize_hidden(self) -> None:
+        """Normalize the outputs of each hidden layer before their ReLU from now on (layer normalization)."""
+        self.normalized = True
 
     def scale_steps(self, scales: list[float]) -> None:
         """Multiply the steps of Adam in the weights of each layer by one of ``scales``."""
@@ -141,7 +208,7 @@ class HighSparsityNetwork(MaskedNetwork):
         The first columns are the network's inputs.
         """
         inputs = rows[:, : self.layers[0].weight.shape[-2]]
-        return contributions(self.layers, torch.from_numpy(inputs).to(self.args.device))
+        return contributions(self.layers, torch.from_numpy(inputs).to(self.args.device), self.normalized)
 
     @torch.no_grad()
     def redraw_dormant(self, rng: Generator, draw: Callable, threshold: float) -> None:
@@ -161,6 +228,13 @@ class HighSparsityMaskedEngine(MaskedEngine):
     """The masked engine on networks that know the recipe."""
 
     network: ClassVar = HighSparsityNetwork
+
+    def values(self, critics: list[Layer], observation: Tensor, action: Tensor) -> Tensor:
+        """Return what critics say of actions [batch, actions], [critics, batch, 1]; of one of them, [batch, 1]."""
+        x = torch.cat([observation, action], dim=-1)
+        for layer in critics[:-1]:
+            x = activate(layer, x, self.critics.normalized)
+        return forward(critics[-1:], x)
 
 
 def command() -> int:

@@ -22,6 +22,7 @@ from scipy.linalg import cython_blas  # noqa: F401  numba's np.dot takes it, and
 from sparse_engine.compilation import compiled, compiled_apart, compiled_part, first_level_cache
 
 BETAS = (0.9, 0.999)  # Adam's, as torch has them by default
+NORMALIZATION_EPSILON = 1e-5  # beside the variance, as torch has it by default
 LOG_STD_MIN, LOG_STD_MAX = -20.0, 2.0  # bounds of the Gaussian's logarithmic deviation, as SAC's authors have them
 FIRST = np.intp(0)
 OWN, TARGET = np.bool_(False), np.bool_(True)  # whose weights: the network's own, or its target's
@@ -46,7 +47,7 @@ class Activations(NamedTuple):
 
     values: (
         np.ndarray
-    )  # a row of ``stride`` for each unit, the stack's inputs, then all outputs; then scratch rows for sums
+    )  # a row of ``stride`` for each unit, the stack's inputs, then all outputs; then scratch rows: see ``activations``
     stride: int  # elements of a row, padded to whole cache lines
     batch: int  # of which so many are samples
     half_vectors: tuple[None, ...]  # as many as hold the batch; a tuple, for its length is part of its type
@@ -323,6 +324,7 @@ class Arrays(NamedTuple):
 
     sizes: np.ndarray  # [L + 1] widths of all layers, inputs first
     dense: np.ndarray  # [L] whether a layer's weights are one dense matrix [outputs, inputs], which BLAS multiplies
+    normalized: np.ndarray  # [L] whether a layer's outputs are normalized before their ReLU
     bands: np.ndarray  # [L] in how many bands of inputs each layer is cut
     output_bands: np.ndarray  # [L] in how many bands of outputs each layer is cut for the backward pass
     first_row: np.ndarray  # [N * L] the first row of each part
@@ -347,13 +349,16 @@ class Arrays(NamedTuple):
 
 
 def activations(network: Arrays, batch: int) -> Activations:
-    """Allocate padded rows of cache lines for a stack's units, and for one layer's sums in ``sparse_backward``.
+    """Allocate padded rows of cache lines for a stack's units, then for scratch.
 
-    Rows are an odd number of cache lines long, so that a column of tiles spreads over all sets of a cache.
+    Scratch are one layer's sums in ``sparse_backward``, then what ``normalize`` keeps: the normalized value of each of
+    the stack's R rows, and a scale for each part. Rows are an odd number of cache lines long, so that a column of tiles
+    spreads over all sets of a cache.
     """
     dtype = network.parameters.dtype
     stride = (-(-batch * dtype.itemsize // CACHE_LINE) | 1) * CACHE_LINE // dtype.itemsize
-    length = stride * int(network.sizes[0] + len(network.extra_start) - 1 + network.sizes.max())
+    rows, parts = len(network.extra_start) - 1, len(network.first_row)
+    length = stride * int(network.sizes[0] + rows + network.sizes.max() + rows + parts)
     room = np.zeros(length + CACHE_LINE // dtype.itemsize, dtype)
     start = -room.ctypes.data % CACHE_LINE // dtype.itemsize
     half_vectors = (None,) * -(-batch * dtype.itemsize * 2 // VECTOR_BYTES)
@@ -384,11 +389,13 @@ def forward(network: Arrays, n: int, target: bool, activations: Activations) -> 
     layers, source = len(network.bands), 0
     for layer in range(layers):
         part = n * layers + layer
-        threshold = 0.0 if layer < layers - 1 else -np.inf
+        threshold = 0.0 if layer < layers - 1 and not network.normalized[layer] else -np.inf
         if network.dense[layer]:
             dense_forward(network, part, layer, parameters, activations, source, threshold)
         else:
             sparse_forward(network, part, layer, parameters, target, activations, source, threshold)
+        if network.normalized[layer]:
+            normalize(*rows_to_normalize(network, part, layer, activations))
         source = network.sizes[0] + network.first_row[part]
     return output_units(network, n, activations)
 
@@ -433,6 +440,55 @@ def dense_forward(network, part, layer, parameters, activations, source, thresho
 
 
 @compiled_part
+def rows_to_normalize(network, part, layer, activations):
+    """View a layer's outputs [outputs, padded batch], what they are normalized to, and the scales [padded batch]."""
+    row, outputs, rows = network.first_row[part], network.sizes[layer + 1], len(network.extra_start) - 1
+    kept = network.sizes[0] + rows + network.sizes.max()
+    values = units(activations, network.sizes[0] + row, outputs)
+    return values, units(activations, kept + row, outputs), units(activations, kept + rows + part, 1)[0]
+
+
+@compiled_apart
+def normalize(values, normalized, scale):
+    """Normalize a layer's outputs sample by sample over its units, then apply its ReLU (arXiv 1607.06450).
+
+    There are no gains and biases to learn. ``normalized`` and ``scale`` keep what the backward pass needs.
+    """
+    count, size = values.shape
+    mean, square = np.zeros(size, values.dtype), np.zeros(size, values.dtype)
+    for unit in range(count):
+        for b in range(size):
+            mean[b] += values[unit, b]
+    mean /= values.dtype.type(count)
+    for unit in range(count):
+        for b in range(size):
+            square[b] += (values[unit, b] - mean[b]) * (values[unit, b] - mean[b])
+    for b in range(size):
+        scale[b] = 1 / math.sqrt(square[b] / count + NORMALIZATION_EPSILON)
+    for unit in range(count):
+        for b in range(size):
+            value = (values[unit, b] - mean[b]) * scale[b]
+            normalized[unit, b] = value
+            values[unit, b] = 0 if value < 0 else value  # lets NaN through
+
+
+@compiled_apart
+def normalize_backward(gradient, normalized, scale):
+    """Turn the gradients by a layer's normalized outputs, in place, into those by the outputs before."""
+    count, size = gradient.shape
+    mean, product = np.zeros(size, gradient.dtype), np.zeros(size, gradient.dtype)
+    for unit in range(count):
+        for b in range(size):
+            mean[b] += gradient[unit, b]
+            product[b] += gradient[unit, b] * normalized[unit, b]
+    mean /= gradient.dtype.type(count)
+    product /= gradient.dtype.type(count)
+    for unit in range(count):
+        for b in range(size):
+            gradient[unit, b] = scale[b] * (gradient[unit, b] - mean[b] - normalized[unit, b] * product[b])
+
+
+@compiled_part
 def backward(network: Arrays, n: int, to_parameters: bool, activations: Activations, first_input: int) -> None:
     """Propagate the gradients of network ``n``'s outputs, given in place of their values, back through it.
 
@@ -445,6 +501,8 @@ def backward(network: Arrays, n: int, to_parameters: bool, activations: Activati
         delta, to_inputs = inputs + network.first_row[part], layer > 0 or not to_parameters
         source = inputs + network.first_row[part - 1] if layer > 0 else 0
         first, threshold = (0, 0.0) if layer > 0 else (first_input, -np.inf)
+        if network.normalized[layer]:
+            normalize_backward(*rows_to_normalize(network, part, layer, activations))
         if network.dense[layer]:
             dense_backward(network, part, layer, activations, source, delta, first, threshold, to_inputs, to_parameters)
         elif not to_parameters:

@@ -125,6 +125,7 @@ def allocate(blocks: list[Block], layers: int, dtype: np.dtype) -> Arrays:
     return Arrays(
         sizes=np.array(sizes),
         **{name: np.array([getattr(b, name) for b in blocks[:layers]]) for name in ("dense", "bands", "output_bands")},
+        normalized=np.zeros(layers, bool),
         **{f"first_{name}": np.array([getattr(b, f"{name}s").start for b in blocks]) for name in PARTS},
         segment_start=np.zeros(segments + 1, np.uint32),
         input_index=np.zeros(connections, index),
@@ -174,6 +175,10 @@ class SparseNetwork:
     def scale_steps(self, scales: list[float]) -> None:
         """Multiply Adam's steps of each layer's weights by a number, the output layer's too; biases keep theirs."""
         self.arrays.step_scale[:-1] = np.tile(scales, len(self.blocks) // self.depth)
+
+    def normalize_hidden(self) -> None:
+        """Normalize the outputs of each hidden layer before their ReLU from now on (layer normalization)."""
+        self.arrays.normalized[:-1] = True
 
     def adapt(self, rng: np.random.Generator, drop_scores: list | None = None, growth_scores: list | None = None):
         """Adapt the topology of every sparse layer (drop and grow).

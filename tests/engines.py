@@ -101,6 +101,7 @@ def cases(draw, kind=Arguments):
             step_exponent=draw(st.sampled_from([0, 0.5, 1])),
             recycle_dormant=draw(st.booleans()),
             drop_by=draw(st.sampled_from(["magnitude", "contribution"])),
+            layer_norm=draw(st.booleans()),
         )
     batch_size = draw(st.integers(5, 8) | st.integers(37, 40) | st.integers(129, 132))  # in few widths of tiles
     return Case(*sizes, *counts, kind(**options), batch_size, seed=draw(st.integers(0, 1000)))

@@ -6,7 +6,19 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from engines import ACTIONS, DEFAULTS, OBSERVATIONS, Case, Pair, case, cases, make_agent, random_buffer, train
+from engines import (
+    ACTIONS,
+    DEFAULTS,
+    OBSERVATIONS,
+    Case,
+    Pair,
+    case,
+    cases,
+    make_agent,
+    random_buffer,
+    torch_module,
+    train,
+)
 from hypothesis import HealthCheck, given, settings
 from running import ADAPTING_RECIPE, SHORT, assert_refused, assert_same_bytes, killed_after, run_directory
 
@@ -134,6 +146,86 @@ def test_engines_draw_the_same_dormant_units_anew():
     pair.assert_same_draws()
 
 
+# Layer normalization
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+def test_critics_alone_are_normalized_before_their_relu(normalized):
+    agent, rng = make_agent(sparsity=0.5, layer_norm=normalized), np.random.default_rng(0)
+    observation, action = (torch.from_numpy(rng.standard_normal((8, n), np.float32)) for n in (OBSERVATIONS, ACTIONS))
+    critics, actor = agent.engine.critics, agent.engine.actor
+    found = agent.engine.values(critics.layers, observation, action)
+    for index in range(2):
+        first, relu, second, _, last = torch_module(critics.layers, index)
+        parts = [first, torch.nn.LayerNorm(16), relu, second, torch.nn.LayerNorm(12), relu, last]
+        expected = torch.nn.Sequential(
+            *(part for part in parts if normalized or not isinstance(part, torch.nn.LayerNorm))
+        )
+        torch.testing.assert_close(found[index], expected(torch.cat([observation, action], -1)))
+    action = torch.tanh(torch_module(actor.layers)(observation[:1]))[0].detach().numpy()
+    low, high = agent.bounds
+    np.testing.assert_allclose(agent.act(observation[0].numpy()), low + (action + 1) / 2 * (high - low), atol=1e-6)
+
+
+@pytest.mark.parametrize("hidden", [(24, 20), (300,), (40, 33, 7)])
+def test_engines_agree_with_normalized_critics(hidden):
+    pair = Pair(case(hidden, args=arguments(adapt_interval=30, drop_by="contribution", layer_norm=True), batch_size=37))
+    pair.train_over_ten_adaptations()
+    assert pair.sparse.engine.critics.arrays.normalized.tolist() == [True] * len(hidden) + [False]
+    plain = Pair(case(hidden, args=arguments(adapt_interval=30, drop_by="contribution"), batch_size=37))
+    plain.train(range(1, 3))
+    assert plain.sparse.losses["critic_loss"] != pair.sparse.losses["critic_loss"]
+
+
+# Targets of several steps
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 5])
+def test_a_target_adds_up_the_rewards_of_so_many_steps(steps):
+    """Episodes of 1 to 7 steps, each observation the number of its state: a target is worked out from the beginning."""
+    gamma, rng = 0.9, np.random.default_rng(steps)
+    buffer, expected, state = high_sparsity.MultiStepBuffer(200, 1, 1, steps, gamma), [], 0
+    for _ in range(30):
+        length, terminates = int(rng.integers(1, 8)), bool(rng.integers(2))
+        rewards = rng.standard_normal(length)
+        for step in range(length):
+            ended = step == length - 1
+            before, after = np.float32([state + step]), np.float32([state + step + 1])
+            buffer.add(dst_td3.Batch(before, before / 2, [rewards[step]], after, [ended and terminates]), ended)
+            assert buffer.added >= len(expected) + step + 1 - (steps - 1)
+        for step in range(length):
+            last = min(step + steps, length)
+            discounts = gamma ** np.arange(last - step)
+            goes_on = 0 if last == length and terminates else gamma ** (last - step)
+            expected.append((state + step, discounts @ rewards[step:last], state + last, goes_on))
+        state += length + 1
+        assert buffer.added == len(expected), "nothing waits between episodes"
+    batch = buffer.batch(np.arange(buffer.added))
+    discount = gamma * (1 - batch.terminated)
+    found = np.hstack([batch.observation, batch.reward, batch.next_observation, discount])
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(batch.action, batch.observation / 2)
+
+
+# Sparsities apart
+
+
+def test_actor_and_critics_can_have_sparsities_of_their_own():
+    env = dst_td3.make_environment("Hopper-v4")
+
+    def sparsities(**changes) -> list[float]:
+        args = dst_td3.resolve(HighSparsityArguments(env="Hopper-v4", **changes))
+        args.validate()
+        sizes = dst_td3.network_sizes(env, args)
+        full = [sum(a * b for a, b in itertools.pairwise(widths[:-1])) for widths, _ in sizes]
+        return [1 - sum(counts[:-1]) / all_of_them for (_, counts), all_of_them in zip(sizes, full, strict=True)]
+
+    assert sparsities(sparsity=0.9) == pytest.approx([0.9, 0.9], abs=1e-4)
+    assert sparsities(sparsity=0.9, actor_sparsity=0.95) == pytest.approx([0.95, 0.9], abs=1e-4)
+    assert sparsities(sparsity=0.9, critic_sparsity=0.0) == pytest.approx([0.9, 0.0], abs=1e-4)
+    assert sparsities(sparsity=0.9, actor_sparsity=0.98, critic_sparsity=0.8) == pytest.approx([0.98, 0.8], abs=1e-4)
+
+
 # Both engines
 
 
@@ -174,6 +266,12 @@ def test_engines_measure_the_same_contributions():
         ("--drop-by nothing", "--drop-by"),
         ("--step-exponent 1.5", "--step-exponent must be between 0 and 1, not 1.5"),
         ("--step-exponent nan", "--step-exponent must be"),
+        ("--n-step 0", "--n-step must be a whole number from 1 to"),
+        ("--n-step 3 --buffer-size 5", "--n-step must be a whole number from 1 to 2, not 3"),
+        ("--n-step 3 --learning-starts 1", "--n-step must be a whole number from 1 to 2, not 3"),
+        ("--sparsity 0.9 --critic-sparsity 1", "--critic-sparsity must be at least 0 and below 1, not 1.0"),
+        ("--actor-sparsity 0.9", "--actor-sparsity goes with --sparsity"),
+        ("--er-lambda 7 64 --critic-sparsity 0.9", "--critic-sparsity goes with --sparsity"),
         ("--updates-per-step 0", "--updates-per-step must be a positive whole number, not 0"),
         ("--method td3 --sparsity 0.5", "td3 is dense"),
         ("--dense-moments", "--dense-moments is an option of dense_moments.py"),
@@ -183,9 +281,11 @@ def test_bad_input_gets_one_clear_line_and_exit_code_2(command_line, tmp_path, g
     assert_refused(command_line, tmp_path, given, expected)
 
 
+# The buffer of the second holds less than an episode, so that it is saved during one.
+@pytest.mark.parametrize("options", ["", "--n-step 3 --layer-norm --critic-sparsity 0.8 --buffer-size 6"])
 @pytest.mark.parametrize("engine", ["masked", "sparse"])
-def test_a_killed_run_resumes_to_the_same_bytes(command_line, tmp_path, engine):
-    given = [*SHORT, "--sparsity", 0.9, "--total-timesteps", 800, "--engine", engine]
+def test_a_killed_run_resumes_to_the_same_bytes(command_line, tmp_path, engine, options):
+    given = [*SHORT, "--sparsity", 0.9, "--total-timesteps", 800, "--engine", engine, *options.split()]
     assert command_line(*given, "--results-dir", tmp_path / "unbroken")[0] == 0
     with killed_after(500):
         command_line(*given, "--results-dir", tmp_path / "stopped")
@@ -216,6 +316,8 @@ def test_runs_are_named_by_what_differs_from_the_paper():
     off = name(recycle_dormant=False, updates_per_step=1, step_exponent=0.0)
     assert off == "ds-td3_drop-by=contribution"
     assert name(**PAPERS) == "ds-td3", "without any part it is the paper's"
+    apart = name(sparsity=0.95, n_step=3, layer_norm=True, critic_sparsity=0.9)
+    assert apart == f"ds-td3_sparsity=0.95_drop-by=contribution_{parts}_n-step=3_layer-norm=True_critic-sparsity=0.9"
     named = name(hidden=(32, 32), adapt_interval=200, sparsity=0.9)
     place = "ds-td3_sparsity=0.9_hidden=32,32_adapt-interval=200_drop-by=contribution_recycle-dormant=True_updates"
     assert named.startswith(place), "in the places where they have always stood"
