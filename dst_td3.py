@@ -321,7 +321,7 @@ class MaskedNetwork:
     """
 
     def __init__(self, layers: list[Layer], args: Arguments):
-        self.args = args
+        self.args, self.drop_fraction = args, args.drop_fraction
         self.layers = [Layer(*(torch.tensor(array, device=args.device) for array in layer)) for layer in layers]
         self.target = [Layer(*(tensor.clone() for tensor in layer)) for layer in self.layers]  # its masks are unused
         self.supports = [target_support(layer.weight, layer.mask) for layer in self.layers]
@@ -351,7 +351,7 @@ class MaskedNetwork:
         for index, layer in enumerate(self.layers[:-1]):
             drop = layer.weight if drop_scores is None else torch.as_tensor(drop_scores[index], device=self.args.device)
             growth = None if growth_scores is None else torch.as_tensor(growth_scores[index], device=self.args.device)
-            kept, grown = drop_and_grow(drop, layer.mask, self.args.drop_fraction, rng, growth)
+            kept, grown = drop_and_grow(drop, layer.mask, self.drop_fraction, rng, growth)
             layer.mask.copy_(kept + grown)
             state = self.optimizer.state[layer.weight]
             for tensor in (layer.weight, state["exp_avg"], state["exp_avg_sq"]):

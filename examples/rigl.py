@@ -17,28 +17,30 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dst_td3 import TD3, Arguments, Layer, MaskedEngine, ReplayBuffer, main
 
 
+def gradient_magnitudes(agent: TD3, network, buffer: ReplayBuffer, rng: Generator) -> list[np.ndarray]:
+    """Return the magnitudes [..., inputs, outputs] of each sparse layer's dense gradient over one batch."""
+    actor, critics = (n.layer_arrays() for n in agent.networks.values())
+    masked = MaskedEngine(actor, critics, agent.bounds, agent.args)
+    for own, copy in zip(agent.networks.values(), (masked.actor, masked.critics), strict=True):
+        arrays = own.layer_arrays(target=True)
+        copy.target = [Layer(*(torch.tensor(array, device=agent.args.device) for array in layer)) for layer in arrays]
+    batch = masked.batch(buffer, buffer.draw(agent.args.batch_size, rng))
+    if network is agent.engine.actor:
+        loss, layers = masked.actor_loss(batch), masked.actor.layers
+    else:
+        noise = torch.from_numpy(rng.standard_normal(batch.action.shape, dtype=np.float32)).to(agent.args.device)
+        (loss, _), layers = masked.critic_loss(batch, noise), masked.critics.layers
+    gradients = torch.autograd.grad(loss, [layer.weight for layer in layers[:-1]])
+    return [gradient.abs().cpu().numpy() for gradient in gradients]
+
+
 class RigLTD3(TD3):
     """TD3 whose adaptations grow the connections with the largest gradients."""
 
     def scores(self, network, buffer: ReplayBuffer, rng: Generator) -> tuple[None, list | None]:
-        """Return no drop scores (the weights serve) and the magnitude of the loss's dense gradient over one batch."""
-        if self.args.grow_by == "uniform":
-            return None, None
-        actor, critics = (n.layer_arrays() for n in self.networks.values())
-        masked = MaskedEngine(actor, critics, self.bounds, self.args)
-        for own, copy in zip(self.networks.values(), (masked.actor, masked.critics), strict=True):
-            arrays = own.layer_arrays(target=True)
-            copy.target = [
-                Layer(*(torch.tensor(array, device=self.args.device) for array in layer)) for layer in arrays
-            ]
-        batch = masked.batch(buffer, buffer.draw(self.args.batch_size, rng))
-        if network is self.engine.actor:
-            loss, layers = masked.actor_loss(batch), masked.actor.layers
-        else:
-            noise = torch.from_numpy(rng.standard_normal(batch.action.shape, dtype=np.float32)).to(self.args.device)
-            (loss, _), layers = masked.critic_loss(batch, noise), masked.critics.layers
-        gradients = torch.autograd.grad(loss, [layer.weight for layer in layers[:-1]])
-        return None, [gradient.abs().cpu().numpy() for gradient in gradients]
+        """Return no drop scores (the weights serve) and growth scores where they are asked for."""
+        by_gradient = self.args.grow_by == "gradient"
+        return None, gradient_magnitudes(self, network, buffer, rng) if by_gradient else None
 
 
 @dataclasses.dataclass(frozen=True)

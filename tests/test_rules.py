@@ -1,4 +1,4 @@
-"""Topology rules of one's own: ``TD3.scores``, which both engines ask and follow alike, and RigL's by it."""
+"""Topology rules of one's own: ``TD3.scores``, which both engines ask and follow alike; RigL's and RLx2's by it."""
 
 import dataclasses
 import importlib.util
@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from engines import DEFAULTS, Pair, case, make_agent, train
+from engines import DEFAULTS, Pair, case, make_agent, random_buffer, train
 from hypothesis import given
 from hypothesis import strategies as st
 from running import SHORT, rows_of, run_directory
@@ -17,9 +17,17 @@ from test_topology import per_network, random_layer, seeds, shapes
 import dst_td3
 from dst_td3 import TD3, Arguments, MaskedEngine, drop_and_grow
 
-SPEC = importlib.util.spec_from_file_location("rigl", Path(dst_td3.__file__).parent / "examples" / "rigl.py")
-rigl = sys.modules["rigl"] = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(rigl)
+
+def example(name: str):
+    """Import a program of ``examples/``."""
+    path = Path(dst_td3.__file__).parent / "examples" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+rigl, rlx2 = example("rigl"), example("rlx2")
 RULES = ("drop", "growth", "both")
 
 
@@ -126,3 +134,72 @@ def test_rigl_is_a_program_whose_runs_have_names_of_their_own(command_line, tmp_
     assert code == 0, error
     rows = rows_of(run_directory(tmp_path) / "topology.csv")
     assert "grow-by=gradient" in output and float(rows[-1]["initial_connections_alive"]) < 1
+
+
+# RLx2
+
+
+def test_rlx2_trains_on_either_engine_alike():
+    args = arguments(rlx2.RLx2Arguments, adapt_interval=4, drop_fraction=0.5, forgets=False, total_timesteps=13)
+    pair = Pair(case(args=dataclasses.replace(args, learning_starts=0)))
+    pair.train_step_by_step()
+    for network, masked in pair.networks:
+        assert network.drop_fraction == masked.drop_fraction == pytest.approx(0, abs=1e-9)
+
+
+def test_rlx2_replaces_fewer_connections_as_time_goes_on_and_the_actors_half_as_often():
+    args = {"adapt_interval": 10, "drop_fraction": 0.5, "total_timesteps": 100, "learning_starts": 0, "forgets": False}
+    agent, replaced = make_agent(rlx2.RLx2Arguments, sparsity=0.6, **args), {"critic": [], "actor": []}
+    buffer, rng = random_buffer(np.random.default_rng(0)), np.random.default_rng(0)
+    for step in range(1, 101):
+        before = {name: network.layer_arrays()[0].mask for name, network in agent.networks.items()}
+        agent.learn(buffer, step, rng)
+        for name, network in agent.networks.items():
+            changed = (before[name] != network.layer_arrays()[0].mask).sum() / 2 / before[name].sum()
+            replaced[name] += [(step, changed)] if changed else []
+    steps, shares = zip(*replaced["critic"], strict=True)
+    assert steps[:5] == (10, 20, 30, 40, 50) and shares[0] > shares[4] > shares[-1]
+    assert shares[0] <= 0.25 * (1 + np.cos(np.pi / 10)) + 0.02, "some of those dropped may grow again"
+    assert [step for step, _ in replaced["actor"]][:3] == [20, 40, 60]
+
+
+def test_rlx2_begins_with_the_largest_weights_of_a_dense_layer():
+    shape = (2, 30, 20)
+    mask = np.zeros(shape, np.float32)
+    mask[:, :5] = 1
+    layer = rlx2.keep_largest(dst_td3.Layer(mask, mask, np.ones((2, 1, 20), np.float32)), np.random.default_rng(3))
+    dense = dst_td3.initial_values(30, shape, np.random.default_rng(3)).astype(np.float32)
+    for weight, kept, drawn in zip(layer.weight, layer.mask, dense, strict=True):
+        assert kept.sum() == 100 and np.abs(drawn[kept == 1]).min() >= np.abs(drawn[kept == 0]).max()
+        np.testing.assert_array_equal(weight, drawn * kept)
+    assert (layer.bias == 1).all()
+
+
+@pytest.mark.parametrize("far", [False, True])
+def test_rlx2_forgets_the_oldest_tenth_where_the_policy_has_moved_on(monkeypatch, far):
+    monkeypatch.setattr(rlx2, "FEWEST", 40)
+    agent = make_agent(rlx2.RLx2Arguments, sparsity=0.5)
+    buffer, rng = rlx2.ForgettingBuffer(60, 5, 3, 3, 0.99, 20), np.random.default_rng(0)
+    low, high = agent.bounds
+    for number in range(75):
+        observation = rng.standard_normal(5).astype(np.float32)
+        action = agent.act(observation)
+        action = np.where(action > (low + high) / 2, low, high) if far else action
+        transition = dst_td3.Batch(observation, action, [1.0], observation, [False])
+        buffer.add(transition, ended=number == 74)
+    assert buffer.added == 75 and buffer.first == 15
+    rewards = buffer.rows[:, 8]
+    assert (rewards[20:58] == np.float32(1 + 0.99 + 0.99**2)).all() and (rewards[15:20] == 1).all()
+    agent.forget(buffer)
+    assert buffer.first == (21 if far else 15)
+    assert set(buffer.draw(2000, rng)) == {number % 60 for number in range(buffer.first, 75)}
+    other = make_agent(rlx2.RLx2Arguments, sparsity=0.5)
+    other.load_state_dict(agent.state_dict())
+    assert other.oldest == agent.oldest == (21 if far else 0)
+
+
+def test_rlx2_is_a_program(command_line, tmp_path):
+    given = [*SHORT, "--sparsity", 0.9, "--critic-sparsity", 0.8, "--total-timesteps", 1000, "--results-dir", tmp_path]
+    code, _, error = command_line(*given, kind=rlx2.RLx2Arguments)
+    assert code == 0, error
+    assert "n-step=3" in dst_td3.run_name(dst_td3.resolve(rlx2.RLx2Arguments(env="Hopper-v4", sparsity=0.9)))
