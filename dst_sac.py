@@ -74,7 +74,6 @@ class SACArguments(Arguments):
         """Raise InputError for the first argument that no run can use."""
         super().validate()
         self.require(0 < self.temperature < math.inf, "temperature", "a positive number")
-        self.require(self.target_interval > 0, "target_interval", "a positive whole number")
 
     def make_agent(self, actor: list[Layer], critics: list[Layer], bounds: tuple) -> "SAC":
         """Return the agent to train, on the engine that was asked for."""

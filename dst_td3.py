@@ -882,16 +882,14 @@ def provenance() -> dict:
 # --- Run --------------------------------------------------------------------------------------------------------------
 def check_arguments(args: Arguments) -> None:
     """Raise InputError for the first argument that no run can use."""
-    for field in dataclasses.fields(args):  # the command line has seen to it, a script may not have
-        if choices := get_args(field.type) if get_origin(field.type) is Literal else ():
-            args.require(getattr(args, field.name) in choices, field.name, " or ".join(choices))
-    at_least_one = ("adapt_interval", "total_timesteps", "batch_size", "buffer_size", "policy_frequency", "threads")
-    for name in (*at_least_one, "updates_per_step", "eval_interval", "eval_episodes", "checkpoint_interval"):
-        whole = isinstance(getattr(args, name), int)
-        args.require(whole and getattr(args, name) > 0, name, "a positive whole number")
-    for name in ("seed", "learning_starts"):
-        whole = isinstance(getattr(args, name), int)
-        args.require(whole and getattr(args, name) >= 0, name, "zero or a positive whole number")
+    for field in dataclasses.fields(args):  # the command line has seen to types, a script may not have
+        name, value, choices = field.name, getattr(args, field.name), get_args(field.type)
+        if get_origin(field.type) is Literal:
+            args.require(value in choices, name, " or ".join(choices))
+        elif name in ("seed", "learning_starts"):
+            args.require(isinstance(value, int) and value >= 0, name, "zero or a positive whole number")
+        elif field.type is int:
+            args.require(isinstance(value, int) and value > 0, name, "a positive whole number")
     for name in ("weight_decay", "exploration_noise", "policy_noise", "noise_clip"):
         args.require(0 <= getattr(args, name) < math.inf, name, "zero or a positive number")
     for name in ("drop_fraction", "adapt_until", "gamma", "tau"):
