@@ -265,10 +265,9 @@ def prune_target(target: Tensor, support: Tensor, connections: int) -> None:
     surplus = support.shape[-1] - connections  # positions to be zeroed; those that are zero already go first
     if surplus <= 0:
         return
-    supports = support.view(-1, support.shape[-1])
-    for weights, positions in zip(target.view(len(supports), -1), supports, strict=True):
-        smallest = weights.index_select(0, positions).abs().topk(surplus, largest=False, sorted=False).indices
-        weights.index_fill_(0, positions.index_select(0, smallest), 0)
+    weights = target.view((*support.shape[:-1], -1))
+    smallest = weights.gather(-1, support).abs().topk(surplus, largest=False, sorted=False).indices
+    weights.scatter_(-1, support.gather(-1, smallest), 0)
 
 
 # --- Masked networks --------------------------------------------------------------------------------------------------
