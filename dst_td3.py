@@ -343,10 +343,7 @@ class MaskedNetwork:
 
     @torch.no_grad()
     def adapt(self, rng: Generator, drop_scores: list | None = None, growth_scores: list | None = None) -> None:
-        """Adapt the topology of every sparse layer (drop and grow), right after a step of ``minimize``.
-
-        Scores are one array [..., inputs, outputs] for each sparse layer; without any the rule is the paper's.
-        """
+        """Adapt the topology of every sparse layer, right after ``minimize``, by what ``TD3.scores`` returns."""
         for index, layer in enumerate(self.layers[:-1]):
             drop = layer.weight if drop_scores is None else torch.as_tensor(drop_scores[index], device=self.args.device)
             growth = None if growth_scores is None else torch.as_tensor(growth_scores[index], device=self.args.device)
