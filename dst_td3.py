@@ -591,25 +591,25 @@ class CheckedEnvironment(gymnasium.Wrapper):
     def __init__(self, env: gymnasium.Env):
         super().__init__(env)
         self.name, self.low, self.high = env.spec.id, env.action_space.low, env.action_space.high
-        self.shape = env.observation_space.shape
+        self.observations, self.actions = len(env.observation_space.low), len(self.low)
 
     def reset(self, **options) -> tuple[np.ndarray, dict]:
         """Begin an episode; return its first observation [observations], and information."""
         observation, information = self.call(2, self.env.reset, **options)
-        return self._numbers("an observation", observation, self.shape), information
+        return self._numbers("an observation", observation, self.observations), information
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict]:
         """Act, by the action space's own type and bounds; return what Gymnasium's ``step`` does."""
         if action.shape != self.low.shape:
-            raise RunError(f"{self.name} takes {len(self.low)} actions and the policy has {len(action)}")
+            raise RunError(f"{self.name} takes {self.actions} actions and the policy has {len(action)}")
         if not math.isfinite(action.sum()):
             raise RunError("the policy's action is not finite (the networks have diverged)")
         action = np.minimum(np.maximum(action, self.low), self.high).astype(self.low.dtype, copy=False)
         observation, reward, terminated, truncated, information = self.call(5, self.env.step, action)
-        observation, ends = self._numbers("an observation", observation, self.shape), (terminated, truncated)
+        observation, ends = self._numbers("an observation", observation, self.observations), (terminated, truncated)
         # The common case first, for the sake of speed.
         if not (type(terminated) is type(truncated) is bool and isinstance(reward, float) and abs(reward) < 1e38):
-            self._numbers("reward, terminated, truncated", (reward, *ends), (3,))
+            self._numbers("reward, terminated, truncated", (reward, *ends), 3)
             if any(end not in (0, 1) for end in ends):
                 raise RunError(f"{self.name} returned {ends} as terminated, truncated: not true or false")
         return observation, float(reward), bool(terminated), bool(truncated), information
@@ -626,15 +626,15 @@ class CheckedEnvironment(gymnasium.Wrapper):
             raise RunError(f"{self.name} returned {returned!s:.60} from {function.__name__}, not {values} values")
         return returned
 
-    def _numbers(self, what: str, given, shape: tuple[int, ...]) -> np.ndarray:
+    def _numbers(self, what: str, given, count: int) -> np.ndarray:
         with suppress(TypeError, ValueError, OverflowError), np.errstate(over="ignore"):
             numbers = np.array(given, np.float32)
-            if numbers.shape == shape and np.isfinite(numbers).all():
+            if numbers.shape == (count,) and np.isfinite(numbers).all():
                 return numbers
-        raise RunError(f"{self.name} returned {given!s:.60} as {what}: not {shape[0]} plain, finite numbers")
+        raise RunError(f"{self.name} returned {given!s:.60} as {what}: not {count} plain, finite numbers")
 
 
-def make_environment(name: str, arguments: str | None = None, **options) -> gymnasium.Env:
+def make_environment(name: str, arguments: str | None = None, **options) -> CheckedEnvironment:
     """Make an environment of Gymnasium with ``arguments`` in JSON. InputError where it has no bounded real vectors."""
     warnings.filterwarnings("ignore", message=".*is out of date.*")  # on purpose: the paper's tasks are the -v4 ones
     papers = "HalfCheetah-v4, Hopper-v4, Walker2d-v4, Ant-v4 and Humanoid-v4"
@@ -682,15 +682,15 @@ def evaluate(act: Callable, env: gymnasium.Env, episodes: int, seed: int) -> Ite
 
 
 # --- Accounting -------------------------------------------------------------------------------------------------------
-def network_sizes(env: gymnasium.Env, args: Arguments) -> list[tuple[list[int], list[int]]]:
+def network_sizes(env: CheckedEnvironment, args: Arguments) -> list[tuple[list[int], list[int]]]:
     """Return widths and connections of the layers of the actor and of each critic; InputError as count_connections."""
-    observations, actions = env.observation_space.shape[0], env.action_space.shape[0]
-    both = [observations, *args.hidden, actions * args.OUTPUTS_PER_ACTION], [observations + actions, *args.hidden, 1]
-    pairs = zip(both, args.sparsities, strict=True)
+    actor = [env.observations, *args.hidden, env.actions * args.OUTPUTS_PER_ACTION]
+    critic = [env.observations + env.actions, *args.hidden, 1]
+    pairs = zip((actor, critic), args.sparsities, strict=True)
     return [(widths, count_connections(widths, sparsity, args.er_lambda)) for widths, sparsity in pairs]
 
 
-def count_costs(env: gymnasium.Env, args: Arguments) -> dict[str, float]:
+def count_costs(env: CheckedEnvironment, args: Arguments) -> dict[str, float]:
     """Count actor's and critics' connections (no biases, no targets) and training FLOPs, as the paper does.
 
     A backward pass is two forward ones, the critic's part in the actor's loss is left out, and every step counts.
@@ -706,12 +706,12 @@ def count_costs(env: gymnasium.Env, args: Arguments) -> dict[str, float]:
     return counts | {"training_flops": flops, "training_flops_of_dense": dense_flops}
 
 
-def require_memory(env: gymnasium.Env, args: Arguments) -> None:
+def require_memory(env: CheckedEnvironment, args: Arguments) -> None:
     """Raise InputError where networks, replay buffer and a batch need more than this machine's memory."""
     (actor, _), (critic, _) = network_sizes(env, args)
     dense = sum(sum(map(math.prod, itertools.pairwise(widths))) for widths in (actor, critic, critic))
     copies = 4 if args.engine == "sparse" else 10  # of a dense float32 matrix: drawn as such, and kept by one engine
-    transition = 2 * env.observation_space.shape[0] + env.action_space.shape[0] + 2
+    transition = 2 * env.observations + env.actions + 2
     numbers = copies * dense + transition * min(args.buffer_size, args.total_timesteps)
     needed = 4 * (numbers + args.batch_size * (transition + sum(actor + 2 * critic)))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -731,7 +731,7 @@ def describe(args: Arguments) -> str:
             shape, sparsity = f"{inputs} x {outputs}", 1 - count / (inputs * outputs)
             lines.append(f"{name:<12}{number:<5}{shape:>12}{count:>14,}{sparsity:>10.3f}")
     costs, transitions = count_costs(env, args), min(args.buffer_size, args.total_timesteps)
-    row = ReplayBuffer(1, *env.observation_space.shape, *env.action_space.shape).rows
+    row = ReplayBuffer(1, env.observations, env.actions).rows
     share = costs["training_flops"] / costs["training_flops_of_dense"]
     lines.append(f"#params    {costs['connections']:,} connections (sparsity {costs['sparsity']:.2f})")
     lines.append(f"FLOPs      {costs['training_flops']:.3g} for training, {share:.2f}x dense")
@@ -986,15 +986,14 @@ class Run:
         self.checkpoint, self.transitions = self.directory / "checkpoint.npz", self.directory / "transitions.bin"
         self.rng = np.random.default_rng(args.seed)
         self.env, self.evaluation_env = (make_environment(args.env, args.env_kwargs) for _ in range(2))
-        self.bounds = tuple(b.astype(np.float32) for b in (self.env.action_space.low, self.env.action_space.high))
+        self.bounds = tuple(bound.astype(np.float32) for bound in (self.env.low, self.env.high))
         require_memory(self.env, args)
         self.costs, (actor, critic) = count_costs(self.env, args), network_sizes(self.env, args)
         networks = initial_layers(*actor, self.rng), initial_layers(*critic, self.rng, networks=(2,))
-        observations = self.env.observation_space.shape[0]
-        self.buffer = args.make_buffer(observations, *self.env.action_space.shape)
+        self.buffer = args.make_buffer(self.env.observations, self.env.actions)
         self.initial_policy = load_policy(args.initial_policy, args.env) if args.initial_policy else None
-        if self.initial_policy and self.initial_policy(np.zeros(observations)).shape != self.bounds[0].shape:
-            raise InputError(f"{args.initial_policy} does not have the {len(self.bounds[0])} actions of {args.env}")
+        if self.initial_policy and self.initial_policy(np.zeros(self.env.observations)).shape != self.bounds[0].shape:
+            raise InputError(f"{args.initial_policy} does not have the {self.env.actions} actions of {args.env}")
         self.agent = args.make_agent(*networks, self.bounds)  # last: this may compile for some seconds
         first = (network.layer_arrays()[:-1] for network in self.agent.networks.values())
         self.initial_masks = [[mask == 1 for _, mask, _ in layers] for layers in first]
@@ -1163,8 +1162,7 @@ class Progress:
         where = f"{args.engine} engine on {args.device}: step {run.step:,} of {args.total_timesteps:,}"
         say(f"{name}, {sparsity}, {where}", run.stopped)
         if isinstance(run.env.env, gymnasium.wrappers.FlattenObservation):
-            numbers = run.env.observation_space.shape[0]
-            say(f"observations of {args.env} are flattened to {numbers} numbers", run.stopped)
+            say(f"observations of {args.env} are flattened to {run.env.observations} numbers", run.stopped)
         if run.env.spec.max_episode_steps is None:
             limit = """--env-kwargs '{"max_episode_steps": 1000}'"""
             ends = f"its episodes, and so evaluations, end by themselves or by {limit}"
