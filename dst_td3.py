@@ -1010,7 +1010,6 @@ class Run:
         """Reset the environment, so that a checkpoint written now can do it again."""
         self.episode_rng = random_state(self.env)
         self.observation, _ = self.env.reset()
-        self.between_episodes = True
 
     def advance(self) -> None:
         """Take one environment step and learn from it (``TD3.learn``). Raises RunError when that fails."""
@@ -1020,12 +1019,12 @@ class Run:
         else:
             action = self.agent.explore(observation, self.rng, self.initial_policy if first else None)
         self.observation, reward, terminated, truncated, _ = self.env.step(action)
+        self.step, self.between_episodes = self.step + 1, terminated or truncated
         transition = Batch(observation, action, [reward], self.observation, [terminated])
-        self.buffer.add(transition, terminated or truncated)
-        self.step, self.between_episodes = self.step + 1, False
+        self.buffer.add(transition, self.between_episodes)
         if 2 * (self.buffer.added - self.buffer.saved) >= len(self.buffer.rows):  # before any is overwritten
             self.buffer.save(self.transitions)
-        if terminated or truncated:
+        if self.between_episodes:
             self.begin_episode()
         if self.step > self.args.learning_starts:
             self.agent.learn(self.buffer, self.step, self.rng)
