@@ -601,14 +601,16 @@ def outputs_for_one(actor: Arrays, observation: np.ndarray) -> np.ndarray:
 @compiled_part
 def adam_step(network: Arrays, steps: int, learning_rate: float, weight_decay: np.floating) -> None:
     """Take Adam's step number ``steps`` down the gradient, with an L2 penalty, in every parameter of a stack."""
-    parameters, gradient = network.parameters, network.gradient
-    first, second = network.first_moment, network.second_moment
-    number = parameters.dtype.type
+    number = network.parameters.dtype.type
     root_scale = number(1 / math.sqrt(1 - BETAS[1] ** steps))  # both moments start at zero, which is corrected
     first_rate, second_rate, epsilon = number(1 - BETAS[0]), number(1 - BETAS[1]), number(1e-8)
     for part, scale in enumerate(network.step_scale):
         step_size = number(learning_rate * scale / (1 - BETAS[0] ** steps))
-        for k in range(network.part_start[part], network.part_start[part + 1]):
+        # Views, for of an index that may be negative numba asks so each time, and then nothing is vectorized.
+        here = slice(network.part_start[part], network.part_start[part + 1])
+        parameters, gradient = network.parameters[here], network.gradient[here]
+        first, second = network.first_moment[here], network.second_moment[here]
+        for k in range(len(parameters)):
             g = gradient[k] + weight_decay * parameters[k]
             first[k] += first_rate * (g - first[k])
             second[k] += second_rate * (g * g - second[k])
