@@ -705,9 +705,11 @@ class Settings(NamedTuple):
 @compiled_part
 def gather(activations: Activations, rows: np.ndarray, indices: np.ndarray, start: int, stop: int) -> None:
     """Write the columns ``start`` to ``stop`` of a batch into the first units."""
+    to = units(activations, FIRST, stop - start)
     for b in range(activations.batch):
-        for column in range(start, stop):
-            activations.values[(column - start) * activations.stride + b] = rows[indices[b], column]
+        row = rows[indices[b], start:stop]
+        for column in range(len(row)):
+            to[column, b] = row[column]
 
 
 @compiled_part
