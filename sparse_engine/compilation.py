@@ -94,6 +94,15 @@ def compiled_apart(function: Callable) -> Callable:
     return numba.njit(no_cpython_wrapper=True, no_cfunc_wrapper=True, **OPTIONS)(function)
 
 
+def compiled_for(function: Callable, arguments: tuple) -> Callable:
+    """Return a ``compiled`` function for arguments of these types, and compile it if need be.
+
+    What is returned must be called with such alone. At a call of the function itself, numba finds out the type of each
+    array, which takes longer than unpacking them.
+    """
+    return function.compile(tuple(map(numba.typeof, arguments)))
+
+
 class CompilationNotice(event.Listener):
     """Says on stderr, once, that kernels of this package are being compiled."""
 

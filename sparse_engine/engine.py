@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Iterator
 
-import numba
 import numpy as np
 from threadpoolctl import threadpool_limits
 
+from sparse_engine.compilation import compiled_for
 from sparse_engine.kernels import Settings, activations, soft_update
 from sparse_engine.networks import Layer, SparseNetwork
 
@@ -25,11 +25,8 @@ class Engine:
         self.actor, self.critics = (SparseNetwork(n, tau=tau, drop_fraction=drop_fraction) for n in (actor, critics))
         low, high = (np.array(bound, self.dtype) for bound in bounds)
         self.settings = Settings(low, high, self.dtype(gamma), learning_rate, self.dtype(weight_decay))
-        self._make_room(batch_size)
+        self._prepare(batch_size)
         threadpool_limits(1, "blas")  # a run has one thread
-        rows, indices = np.zeros((1, 1), self.dtype), np.zeros(batch_size, np.int64)  # for their types
-        for function, arguments in self._calls(rows[0], (rows, indices), rows):
-            function.compile(tuple(map(numba.typeof, arguments)))
 
     def _observation(self, observation: np.ndarray) -> np.ndarray:
         """Return one observation as the kernels take it, which read as many numbers as the actor has inputs."""
@@ -38,22 +35,34 @@ class Engine:
             raise ValueError(f"an observation has shape {converted.shape}, not ({inputs},)")
         return converted
 
-    def _make_room(self, batch_size: int) -> None:
+    def _prepare(self, batch_size: int) -> None:
+        """Make room for batches of this size, and compile what takes them."""
         self._activations = tuple(activations(network.arrays, batch_size) for network in (self.actor, self.critics))
+        rows, indices = np.zeros((1, 1), self.dtype), np.zeros(batch_size, np.int64)  # for their types
+        calls = self._calls(rows[0], (rows, indices), rows)
+        self._compiled = {function: compiled_for(function, arguments) for function, arguments in calls}
 
     def _arguments(self, network: SparseNetwork, batch: tuple[np.ndarray, np.ndarray], *rest) -> tuple:
         """Return what an update of ``network`` takes; a ``batch`` are the rows of a buffer and indices of some."""
-        if len(batch[1]) != self._activations[0].batch:
-            self._make_room(len(batch[1]))
+        rows, indices = self._matrix(batch[0]), np.ascontiguousarray(batch[1], np.int64)
+        if len(indices) != self._activations[0].batch:
+            self._prepare(len(indices))
         return (
             self.actor.arrays,
             self.critics.arrays,
             *self._activations,
-            *batch,
+            rows,
+            indices,
             *rest,
             self.settings,
             int(network.steps),
         )
+
+    def _matrix(self, array: np.ndarray) -> np.ndarray:
+        """Return a matrix as the kernels take it, who ask nothing: itself, or a copy where it is of another type."""
+        if array.ndim != 2:
+            raise ValueError(f"an array of shape {array.shape} is no matrix")
+        return np.ascontiguousarray(array, self.dtype)
 
     def _calls(self, observation, batch: tuple, noise: np.ndarray) -> Iterator[tuple[Callable, tuple]]:
         """Yield the compiled functions that the agent calls, with arguments of the types that they take."""

@@ -13,7 +13,7 @@ class SparseSACEngine(Engine):
 
     def outputs(self, observation: np.ndarray) -> np.ndarray:
         """Return the means and logarithmic deviations [2 * actions] for one observation [observations]."""
-        return outputs_for_one(self.actor.arrays, self._observation(observation))
+        return self._compiled[outputs_for_one](self.actor.arrays, self._observation(observation))
 
     def update_critics(self, buffer, indices: np.ndarray, noise: np.ndarray, temperature: float) -> dict[str, float]:
         """Fit all critics to the smallest target value and entropy; return their loss and mean value.
@@ -21,15 +21,15 @@ class SparseSACEngine(Engine):
         The batch is as in ``SparseEngine``; ``noise`` [batch, actions] draws the next actions.
         """
         self.critics.steps += 1
-        arguments = self._arguments(self.critics, (buffer.rows, indices), noise, temperature)
-        loss, value = update_sac_critics(*arguments)
+        arguments = self._arguments(self.critics, (buffer.rows, indices), self._matrix(noise), temperature)
+        loss, value = self._compiled[update_sac_critics](*arguments)
         return {"critic_loss": loss, "value": value}
 
     def update_actor(self, buffer, indices: np.ndarray, noise: np.ndarray, temperature: float) -> dict[str, float]:
         """Move the actor towards actions that the minimum critic values more, and towards entropy."""
         self.actor.steps += 1
-        arguments = self._arguments(self.actor, (buffer.rows, indices), noise, temperature)
-        loss, entropy = update_sac_actor(*arguments)
+        arguments = self._arguments(self.actor, (buffer.rows, indices), self._matrix(noise), temperature)
+        loss, entropy = self._compiled[update_sac_actor](*arguments)
         return {"actor_loss": loss, "entropy": entropy}
 
     def _calls(self, observation, batch: tuple, noise: np.ndarray) -> Iterator[tuple[Callable, tuple]]:

@@ -21,7 +21,8 @@ class SparseEngine(Engine):
 
     def act(self, observation: np.ndarray) -> np.ndarray:
         """Return the deterministic action [actions] for one observation [observations]."""
-        return act(self.actor.arrays, self._observation(observation), self.settings.low, self.settings.high)
+        arguments = self.actor.arrays, self._observation(observation), self.settings.low, self.settings.high
+        return self._compiled[act](*arguments)
 
     def update_critics(self, buffer, indices: np.ndarray, noise: np.ndarray) -> dict[str, float]:
         """Fit all critics to the smallest target value; return their loss and mean value.
@@ -30,14 +31,15 @@ class SparseEngine(Engine):
         reward, next observation, terminated. ``noise`` [batch, actions], unscaled, smooths the next actions.
         """
         self.critics.steps += 1
-        arguments = self._arguments(self.critics, (buffer.rows, indices), noise, *self.smoothing)
-        loss, value = update_td3_critics(*arguments)
+        arguments = self._arguments(self.critics, (buffer.rows, indices), self._matrix(noise), *self.smoothing)
+        loss, value = self._compiled[update_td3_critics](*arguments)
         return {"critic_loss": loss, "value": value}
 
     def update_actor(self, buffer, indices: np.ndarray) -> dict[str, float]:
         """Move the actor towards actions that the first critic values more (deterministic policy gradient)."""
         self.actor.steps += 1
-        return {"actor_loss": update_td3_actor(*self._arguments(self.actor, (buffer.rows, indices)))}
+        arguments = self._arguments(self.actor, (buffer.rows, indices))
+        return {"actor_loss": self._compiled[update_td3_actor](*arguments)}
 
     def _calls(self, observation, batch: tuple, noise: np.ndarray) -> Iterator[tuple[Callable, tuple]]:
         yield act, (self.actor.arrays, observation, self.settings.low, self.settings.high)
