@@ -138,15 +138,17 @@ class Arguments:
         """Return the agent to train; a variant has its own."""
         return TD3(self.make_engine(actor, critics, bounds, MaskedEngine), bounds, self)
 
-    def make_engine(self, actor: "list[Layer]", critics: "list[Layer]", bounds: tuple, masked: "type[MaskedEngine]"):
-        """Return the requested engine; ``masked`` is the class to use for the masked one."""
+    def make_engine(
+        self, actor: "list[Layer]", critics: "list[Layer]", bounds: tuple, masked: "type[MaskedEngine]", **options
+    ):
+        """Return the requested engine: the class ``masked``, or the sparse one with further ``options``."""
         if self.engine == "masked":
             return masked(actor, critics, bounds, self)
         from sparse_engine.td3 import SparseEngine
 
         names = ("batch_size", "learning_rate", "weight_decay", "gamma", "tau", "drop_fraction")
         numbers = {name: getattr(self, name) for name in (*names, "policy_noise", "noise_clip")}
-        return SparseEngine(actor, critics, bounds, **numbers)
+        return SparseEngine(actor, critics, bounds, **numbers, **options)
 
     def make_buffer(self, observations: int, actions: int) -> "ReplayBuffer":
         """Return the replay buffer of a run, for so many numbers in each; a variant may have its own."""

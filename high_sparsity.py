@@ -102,7 +102,9 @@ class HighSparsityArguments(Arguments):
 
     def make_agent(self, actor: list[Layer], critics: list[Layer], bounds: tuple) -> TD3:
         """Return the agent to train."""
-        return HighSparsityTD3(self.make_engine(actor, critics, bounds, HighSparsityMaskedEngine), bounds, self)
+        options = {"normalized_critics": self.layer_norm}
+        engine = self.make_engine(actor, critics, bounds, HighSparsityMaskedEngine, **options)
+        return HighSparsityTD3(engine, bounds, self)
 
 
 # --- Multi-step targets -----------------------------------------------------------------------------------------------
@@ -136,8 +138,6 @@ class HighSparsityTD3(TD3):
 
     def __init__(self, engine, bounds: tuple[np.ndarray, np.ndarray], args: HighSparsityArguments):
         super().__init__(engine, bounds, args)
-        if args.layer_norm:
-            engine.critics.normalize_hidden()
         for network in self.networks.values():
             layers = network.layer_arrays()
             network.scale_steps([float(mask.sum() / mask.size) ** -args.step_exponent for _, mask, _ in layers])
@@ -186,11 +186,7 @@ def is_dormant(layer: Layer, threshold: float = DORMANT) -> Tensor:
 class HighSparsityNetwork(MaskedNetwork):
     """A masked network with what the recipe asks of it; ``SparseNetwork`` has the same methods."""
 
-    normalized = False  # whether the outputs of hidden layers are, before their ReLU
-
-    def normalize_hidden(self) -> None:
-        """Normalize the outputs of each hidden layer before their ReLU from now on (layer normalization)."""
-        self.normalized = True
+    normalized = False  # whether hidden layers are, before their ReLU
 
     def scale_steps(self, scales: list[float]) -> None:
         """Multiply the steps of Adam in the weights of each layer by one of ``scales``."""
@@ -228,6 +224,10 @@ class HighSparsityMaskedEngine(MaskedEngine):
     """The masked engine on networks that know the recipe."""
 
     network: ClassVar = HighSparsityNetwork
+
+    def __init__(self, actor: list[Layer], critics: list[Layer], bounds: tuple, args: HighSparsityArguments):
+        super().__init__(actor, critics, bounds, args)
+        self.critics.normalized = args.layer_norm
 
     def values(self, critics: list[Layer], observation: Tensor, action: Tensor) -> Tensor:
         """Return what critics say of actions [batch, actions], [critics, batch, 1]; of one of them, [batch, 1]."""

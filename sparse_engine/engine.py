@@ -14,15 +14,18 @@ class Engine:
     """An actor and its critics on sparse networks, on one CPU. The first one after an installation compiles kernels.
 
     ``actor`` and ``critics`` are lists of layers as ``SparseNetwork`` takes them, of one type, float32 or float64, the
-    type of all computation; ``bounds`` (low, high) [actions] are those of the actions.
+    type of all computation; ``bounds`` (low, high) [actions] are those of the actions. The critics can be normalized
+    as ``SparseNetwork`` says.
     """
 
     def __init__(
         self, actor: list[Layer], critics: list[Layer], bounds: tuple, *,
-        batch_size: int, learning_rate: float, weight_decay: float, gamma: float, tau: float, drop_fraction: float
+        batch_size: int, learning_rate: float, weight_decay: float, gamma: float, tau: float, drop_fraction: float,
+        normalized_critics: bool = False
     ):  # fmt: skip
         self.dtype = actor[0][0].dtype.type
-        self.actor, self.critics = (SparseNetwork(n, tau=tau, drop_fraction=drop_fraction) for n in (actor, critics))
+        self.actor = SparseNetwork(actor, tau=tau, drop_fraction=drop_fraction)
+        self.critics = SparseNetwork(critics, tau=tau, drop_fraction=drop_fraction, normalized=normalized_critics)
         low, high = (np.array(bound, self.dtype) for bound in bounds)
         self.settings = Settings(low, high, self.dtype(gamma), learning_rate, self.dtype(weight_decay))
         self._prepare(batch_size)

@@ -9,6 +9,7 @@ arguments: hence numbers and flags with a name, ``FIRST``, ``OWN`` and so on.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.core.registry import cpu_target
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 from scipy.linalg import cython_blas  # noqa: F401  numba's np.dot takes it, and only what is loaded can be limited
 
 from sparse_engine.compilation import compiled, compiled_apart, compiled_part, first_level_cache
@@ -324,7 +325,6 @@ class Arrays(NamedTuple):
 
     sizes: np.ndarray  # [L + 1] widths of all layers, inputs first
     dense: np.ndarray  # [L] whether a layer's weights are one dense matrix [outputs, inputs], which BLAS multiplies
-    normalized: np.ndarray  # [L] whether a layer's outputs are normalized before their ReLU
     bands: np.ndarray  # [L] in how many bands of inputs each layer is cut
     output_bands: np.ndarray  # [L] in how many bands of outputs each layer is cut for the backward pass
     first_row: np.ndarray  # [N * L] the first row of each part
@@ -346,6 +346,7 @@ class Arrays(NamedTuple):
     part_start: np.ndarray  # [N * L + 2] where parameters start that are a part's weights, then all biases; their end
     step_scale: np.ndarray  # [N * L + 1] by what Adam's steps are multiplied in each of these
     prune_guess: np.ndarray  # [N, L] bits of the last magnitude that was pruned, where the next search starts
+    normalized: tuple[None, ...]  # one where hidden layers are, before their ReLU; a tuple for the sake of its type
 
 
 def activations(network: Arrays, batch: int) -> Activations:
@@ -389,13 +390,14 @@ def forward(network: Arrays, n: int, target: bool, activations: Activations) -> 
     layers, source = len(network.bands), 0
     for layer in range(layers):
         part = n * layers + layer
-        threshold = 0.0 if layer < layers - 1 and not network.normalized[layer] else -np.inf
+        hidden, plain = layer < layers - 1, len(network.normalized) == 0
+        threshold = 0.0 if hidden and plain else -np.inf
         if network.dense[layer]:
             dense_forward(network, part, layer, parameters, activations, source, threshold)
         else:
             sparse_forward(network, part, layer, parameters, target, activations, source, threshold)
-        if network.normalized[layer]:
-            normalize(*rows_to_normalize(network, part, layer, activations))
+        if hidden:
+            normalize(network, part, layer, activations)
         source = network.sizes[0] + network.first_row[part]
     return output_units(network, n, activations)
 
@@ -439,21 +441,38 @@ def dense_forward(network, part, layer, parameters, activations, source, thresho
             y[o, b] = threshold if value < threshold else value  # lets NaN through
 
 
+def where_normalized(function: Callable) -> Callable:
+    """Compile a function of a network alone, or of none: nothing is compiled for a stack that is not normalized."""
+    kernel = compiled_apart(function)
+
+    def stub(network, part, layer, activations):
+        raise NotImplementedError("for compiled code alone")
+
+    @overload(stub)
+    def choose(network, part, layer, activations):
+        if network.types[network.fields.index("normalized")].count == 0:
+            return lambda network, part, layer, activations: None
+        return lambda network, part, layer, activations: kernel(network, part, layer, activations)
+
+    return stub
+
+
 @compiled_part
 def rows_to_normalize(network, part, layer, activations):
-    """View a layer's outputs [outputs, padded batch], what they are normalized to, and the scales [padded batch]."""
+    """View a layer's outputs [outputs, padded batch], what they are normalized to, and by what [padded batch]."""
     row, outputs, rows = network.first_row[part], network.sizes[layer + 1], len(network.extra_start) - 1
     kept = network.sizes[0] + rows + network.sizes.max()
     values = units(activations, network.sizes[0] + row, outputs)
     return values, units(activations, kept + row, outputs), units(activations, kept + rows + part, 1)[0]
 
 
-@compiled_apart
-def normalize(values, normalized, scale):
+@where_normalized
+def normalize(network, part, layer, activations):
     """Normalize a layer's outputs sample by sample over its units, then apply its ReLU (arXiv 1607.06450).
 
-    There are no gains and biases to learn. ``normalized`` and ``scale`` keep what the backward pass needs.
+    There are no gains and biases to learn.
     """
+    values, normalized, scale = rows_to_normalize(network, part, layer, activations)
     count, size = values.shape
     mean, square = np.zeros(size, values.dtype), np.zeros(size, values.dtype)
     for unit in range(count):
@@ -472,9 +491,10 @@ def normalize(values, normalized, scale):
             values[unit, b] = 0 if value < 0 else value  # lets NaN through
 
 
-@compiled_apart
-def normalize_backward(gradient, normalized, scale):
+@where_normalized
+def normalize_backward(network, part, layer, activations):
     """Turn the gradients by a layer's normalized outputs, in place, into those by the outputs before."""
+    gradient, normalized, scale = rows_to_normalize(network, part, layer, activations)
     count, size = gradient.shape
     mean, product = np.zeros(size, gradient.dtype), np.zeros(size, gradient.dtype)
     for unit in range(count):
@@ -501,8 +521,8 @@ def backward(network: Arrays, n: int, to_parameters: bool, activations: Activati
         delta, to_inputs = inputs + network.first_row[part], layer > 0 or not to_parameters
         source = inputs + network.first_row[part - 1] if layer > 0 else 0
         first, threshold = (0, 0.0) if layer > 0 else (first_input, -np.inf)
-        if network.normalized[layer]:
-            normalize_backward(*rows_to_normalize(network, part, layer, activations))
+        if layer < layers - 1:
+            normalize_backward(network, part, layer, activations)
         if network.dense[layer]:
             dense_backward(network, part, layer, activations, source, delta, first, threshold, to_inputs, to_parameters)
         elif not to_parameters:
@@ -702,7 +722,7 @@ class Settings(NamedTuple):
     weight_decay: np.floating
 
 
-@compiled_part
+@compiled_apart
 def gather(activations: Activations, rows: np.ndarray, indices: np.ndarray, start: int, stop: int) -> None:
     """Write the columns ``start`` to ``stop`` of a batch into the first units."""
     to = units(activations, FIRST, stop - start)

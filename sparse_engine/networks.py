@@ -117,7 +117,7 @@ def start_of_each(numbers: np.ndarray, count: int) -> np.ndarray:
 PARTS = ("row", "segment", "column")
 
 
-def allocate(blocks: list[Block], layers: int, dtype: np.dtype) -> Arrays:
+def allocate(blocks: list[Block], layers: int, dtype: np.dtype, normalized: bool) -> Arrays:
     """Return zeroed arrays for a stack of networks of so many ``layers`` each, with no extras."""
     sizes = [block.inputs for block in blocks[:layers]] + [blocks[layers - 1].outputs]
     connections, rows, segments, columns = blocks[-1].ends
@@ -125,7 +125,6 @@ def allocate(blocks: list[Block], layers: int, dtype: np.dtype) -> Arrays:
     return Arrays(
         sizes=np.array(sizes),
         **{name: np.array([getattr(b, name) for b in blocks[:layers]]) for name in ("dense", "bands", "output_bands")},
-        normalized=np.zeros(layers, bool),
         **{f"first_{name}": np.array([getattr(b, f"{name}s").start for b in blocks]) for name in PARTS},
         segment_start=np.zeros(segments + 1, np.uint32),
         input_index=np.zeros(connections, index),
@@ -139,6 +138,7 @@ def allocate(blocks: list[Block], layers: int, dtype: np.dtype) -> Arrays:
         part_start=np.array([0, *(block.connections.stop for block in blocks), connections + rows]),
         step_scale=np.ones(len(blocks) + 1),
         prune_guess=np.zeros((len(blocks) // layers, layers), np.int64),
+        normalized=(None,) * normalized,
     )
 
 
@@ -148,10 +148,11 @@ class SparseNetwork:
 
     ``layers`` are (weight, mask, bias), inputs first: weight and mask [..., inputs, outputs], bias [..., 1, outputs],
     with the stacked networks as leading axes. All but the last are sparse layers, which adapt. ``tau`` is the rate at
-    which targets follow, ``drop_fraction`` (eta) the fraction of connections that an adaptation replaces.
+    which targets follow, ``drop_fraction`` (eta) the fraction of connections that an adaptation replaces. Hidden layers
+    can be ``normalized`` before their ReLU (layer normalization).
     """
 
-    def __init__(self, layers: list[Layer], *, tau: float, drop_fraction: float):
+    def __init__(self, layers: list[Layer], *, tau: float, drop_fraction: float, normalized: bool = False):
         self.tau, self.drop_fraction = tau, drop_fraction
         self.depth, self.networks = len(layers), layers[0][0].shape[:-2]
         layers = [tuple(array.reshape(-1, *array.shape[-2:]) for array in layer) for layer in layers]
@@ -160,7 +161,7 @@ class SparseNetwork:
         self.blocks: list[Block] = []
         for (weight, _, _), topology in zip(stack, topologies, strict=True):
             self.blocks.append(Block.after((self.blocks or [None])[-1], *weight.shape, len(topology)))
-        self.arrays = allocate(self.blocks, self.depth, layers[0][0].dtype)
+        self.arrays = allocate(self.blocks, self.depth, layers[0][0].dtype, normalized)
         for block, topology, (weight, _, _) in zip(self.blocks, topologies, stack, strict=True):
             self._write(block, topology, parameters=weight.ravel()[topology])
         self.arrays.parameters[self.connections :] = np.concatenate([bias.ravel() for _, _, bias in stack])
@@ -176,10 +177,6 @@ class SparseNetwork:
     def scale_steps(self, scales: list[float]) -> None:
         """Multiply Adam's steps of each layer's weights by a number, the output layer's too; biases keep theirs."""
         self.arrays.step_scale[:-1] = np.tile(scales, len(self.blocks) // self.depth)
-
-    def normalize_hidden(self) -> None:
-        """Normalize the outputs of each hidden layer before their ReLU from now on (layer normalization)."""
-        self.arrays.normalized[:-1] = True
 
     def adapt(self, rng: np.random.Generator, drop_scores: list | None = None, growth_scores: list | None = None):
         """Adapt the topology of every sparse layer (drop and grow).

@@ -171,7 +171,6 @@ def test_critics_alone_are_normalized_before_their_relu(normalized):
 def test_engines_agree_with_normalized_critics(hidden):
     pair = Pair(case(hidden, args=arguments(adapt_interval=30, drop_by="contribution", layer_norm=True), batch_size=37))
     pair.train_over_ten_adaptations()
-    assert pair.sparse.engine.critics.arrays.normalized.tolist() == [True] * len(hidden) + [False]
     plain = Pair(case(hidden, args=arguments(adapt_interval=30, drop_by="contribution"), batch_size=37))
     plain.train(range(1, 3))
     assert plain.sparse.losses["critic_loss"] != pair.sparse.losses["critic_loss"]
