@@ -8,11 +8,12 @@ import platform
 import subprocess
 import sys
 import tracemalloc
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
-from engines import DEFAULTS, OBSERVATIONS, Case, Pair, bytes_of, case, cases, loaded, sac_case, saved
+from engines import ACTIONS, DEFAULTS, OBSERVATIONS, Case, Pair, bytes_of, case, cases, loaded, sac_case, saved
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -107,6 +108,27 @@ def test_engines_agree_in_float32(batch_size):
     pair.train(range(1, 15))
     pair.assert_same_topologies()
     pair.assert_matrices_agree(rtol=1e-3, atol=2e-5)
+
+
+def test_what_an_update_takes_is_converted_or_refused():
+    """Compiled code asks no more: what is of another type, or not contiguous, would be read as if it were."""
+    this = case()
+    noise, indices = np.zeros((8, ACTIONS)), np.arange(8)
+    losses = []
+    for rows, picked, drawn in (
+        (this.buffer.rows, indices, noise),
+        (np.asfortranarray(this.buffer.rows), indices.astype(np.int32), noise.astype(np.float32)),
+        (np.repeat(this.buffer.rows, 2, axis=1)[:, ::2], np.repeat(indices, 2)[::2], np.zeros((ACTIONS, 8)).T),
+    ):
+        agent, _ = this.agent("sparse")
+        buffer = types.SimpleNamespace(rows=rows)
+        losses.append(
+            {**agent.engine.update_critics(buffer, picked, drawn), **agent.engine.update_actor(buffer, picked)}
+        )
+    assert losses[0] == losses[1] == losses[2]
+    for wrong in (noise.ravel(), noise[None]):
+        with pytest.raises(ValueError, match="is no matrix"):
+            agent.engine.update_critics(this.buffer, indices, wrong)
 
 
 def test_the_batch_size_may_change():
