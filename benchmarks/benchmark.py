@@ -123,7 +123,8 @@ def dense_block(width: int) -> int:
 def state_bytes(agent) -> int:
     """Count the bytes of an agent's weights, indices or masks, moments, gradients and targets."""
     if agent.args.engine == "sparse":
-        return sum(array.nbytes for network in agent.networks.values() for array in network.arrays)
+        entries = itertools.chain(*(network.arrays for network in agent.networks.values()))
+        return sum(array.nbytes for array in entries if isinstance(array, np.ndarray))
     total = 0
     for network in agent.networks.values():
         # A weight, a gradient, two moments and a target weight; a dense agent could do without its masks of ones.
