@@ -20,6 +20,7 @@ import math
 import re
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -933,6 +934,9 @@ def table_beside(own: Results, published: Results) -> Table:
     return Table("beside", caption, rows)
 
 
+LEGEND_WIDTH = 45  # characters, so that a setting of many options leaves room for its curve
+
+
 def plot_beside(own: Results, published: Results) -> Plot:
     """Return learning curves: a panel for each environment, one's own runs bright, the published methods' as ever."""
     settings = settings_of(own)
@@ -948,9 +952,11 @@ def plot_beside(own: Results, published: Results) -> Plot:
             alike = published_alike(published, env, method, options)
             if alike and alike[0].options:  # the three methods are drawn already
                 label = describe_setting(method, alike[0].options, PAPER_LENGTH)
-                plot_curves(axes, cut(alike, longest), f"{label}, published", "#AAAAAA")
+                label = textwrap.fill(f"{label}, published", LEGEND_WIDTH, break_on_hyphens=False)
+                plot_curves(axes, cut(alike, longest), label, "#AAAAAA")
             label = describe_setting(method, options, length)
-            plot_curves(axes, own.select(env, method, options, length), f"{label}, ours", colours[label])
+            line = textwrap.fill(f"{label}, ours", LEGEND_WIDTH, break_on_hyphens=False)
+            plot_curves(axes, own.select(env, method, options, length), line, colours[label])
         label_axes(axes, env)
     add_legend(figure, panels, "mean of ten evaluations, single ones pale")
     return Plot("beside", figure)

@@ -37,7 +37,8 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import ClassVar, Literal, NamedTuple, get_args, get_origin
+from types import UnionType
+from typing import ClassVar, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 import gymnasium
 import numpy as np
@@ -151,7 +152,10 @@ class Arguments:
         return SparseEngine(actor, critics, bounds, **numbers, **options)
 
     def make_buffer(self, observations: int, actions: int) -> "ReplayBuffer":
-        """Return the replay buffer of a run, for so many numbers in each; a variant may have its own."""
+        """Return the replay buffer of a run, for so many numbers in each; a variant may have its own.
+
+        Whenever an episode has ended it has added one transition for each step: a checkpoint counts on that.
+        """
         return ReplayBuffer(min(self.buffer_size, self.total_timesteps), observations, actions)
 
     def papers(self) -> "Arguments":
@@ -192,7 +196,7 @@ def count_connections(widths: list[int], sparsity: float | None = None, er_lambd
     counts = np.minimum(er_lambda * units, full)
     rounded = np.diff(np.floor(np.cumsum(counts) + 0.5), prepend=0).astype(int)  # of running sums: the total is exact
     if rounded.min() < 1:
-        raise InputError(f"--sparsity or --er-lambda leaves layer {rounded.argmin() + 1} of {widths} no connection")
+        raise InputError(f"this sparsity or lambda leaves layer {rounded.argmin() + 1} of {widths} no connection")
     return [*rounded.tolist(), widths[-2] * widths[-1]]
 
 
@@ -397,7 +401,10 @@ class MaskedNetwork:
 
 # --- TD3 --------------------------------------------------------------------------------------------------------------
 class Batch(NamedTuple):
-    """Transitions as float32 arrays [batch, ...]; ``terminated`` is 1 where no state follows, 0 at a time limit."""
+    """Transitions as float32 arrays [batch, ...]; ``terminated`` is 1 where no state follows, 0 at a time limit.
+
+    Between the two it discounts the next value further, which a variant's buffer may ask for.
+    """
 
     observation: np.ndarray
     action: np.ndarray
@@ -418,7 +425,7 @@ class ReplayBuffer:
             self.rows = np.zeros((capacity, sum(widths)), dtype=np.float32)
 
     def add(self, transition: Batch, ended: bool) -> None:
-        """Store a transition, over the oldest one when the buffer is full; has its episode ``ended``?"""
+        """Store a transition, over the oldest one when the buffer is full; ``ended`` tells if its episode is over."""
         self.rows[self.added % len(self.rows)] = np.concatenate(transition)
         self.added += 1
 
@@ -878,27 +885,41 @@ def provenance() -> dict:
 
 
 # --- Run --------------------------------------------------------------------------------------------------------------
+def fits(value, kind) -> bool:
+    """Tell whether a value is of an argument's type; the command line has seen to that, a script may not have."""
+    options = get_args(kind)
+    if get_origin(kind) in (Union, UnionType):
+        return any(fits(value, option) for option in options)
+    if get_origin(kind) is Literal:
+        return value in options
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(fits(each, options[0]) for each in value)
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, int | float if kind is float else kind)
+
+
 def check_arguments(args: Arguments) -> None:
     """Raise InputError for the first argument that no run can use."""
-    for field in dataclasses.fields(args):  # the command line has seen to types, a script may not have
-        name, value, choices = field.name, getattr(args, field.name), get_args(field.type)
-        if get_origin(field.type) is Literal:
-            args.require(value in choices, name, " or ".join(choices))
-        elif name in ("seed", "learning_starts"):
-            args.require(isinstance(value, int) and value >= 0, name, "zero or a positive whole number")
-        elif field.type is int:
-            args.require(isinstance(value, int) and value > 0, name, "a positive whole number")
+    kinds = get_type_hints(type(args))
+    for name in (field.name for field in dataclasses.fields(args)):
+        value, kind = getattr(args, name), kinds[name]
+        if kind is int:
+            least = 0 if name in ("seed", "learning_starts") else 1
+            expected = "a positive whole number" if least else "zero or a positive whole number"
+            args.require(fits(value, int) and value >= least, name, expected)
+        expected = " or ".join(map(str, get_args(kind))) if get_origin(kind) is Literal else f"of type {kind}"
+        args.require(fits(value, kind), name, expected)
     for name in ("weight_decay", "exploration_noise", "policy_noise", "noise_clip"):
         args.require(0 <= getattr(args, name) < math.inf, name, "zero or a positive number")
     for name in ("drop_fraction", "adapt_until", "gamma", "tau"):
         args.require(0 <= getattr(args, name) <= 1, name, "between 0 and 1")
     args.require(args.threads <= 4096, "threads", "at most 4096")
     args.require(0 < args.learning_rate < math.inf, "learning_rate", "a positive number")
-    widths = all(isinstance(width, int) and width > 0 for width in args.hidden) and args.hidden
-    args.require(widths, "hidden", "one or more positive widths")
+    args.require(args.hidden and min(args.hidden) > 0, "hidden", "one or more positive widths")
     later = f"more than --learning-starts ({args.learning_starts})"
     args.require(args.total_timesteps > args.learning_starts, "total_timesteps", later)
-    snapshots = all(isinstance(s, int) and 0 < s <= args.total_timesteps for s in args.snapshot_at)
+    snapshots = all(0 < step <= args.total_timesteps for step in args.snapshot_at)
     args.require(snapshots, "snapshot_at", f"steps of the run, 1 to {args.total_timesteps}")
     args.require(0 <= (args.sparsity or 0) < 1, "sparsity", "at least 0 and below 1")
     lambdas = (1,) * len(args.hidden) if args.er_lambda is None else args.er_lambda
@@ -1084,7 +1105,8 @@ class Run:
             if arrays.pop("checksum") != checksum(arrays):
                 raise ValueError("its checksum is not that of its content")
             state = json.loads(str(arrays["state"]))
-            if state["arguments"] != arguments_to_store(self.args):
+            now = arguments_to_store(self.args)
+            if now | state["arguments"] != now:  # an argument that is newer than the checkpoint has its default
                 raise ValueError("it belongs to another run")
             self.agent.load_state_dict(arrays)
             self.buffer.load(self.transitions, state["step"], state["checksum"])
@@ -1275,8 +1297,8 @@ def command_line(program: Callable[[str], None]) -> int:
 
 
 # Options of other programs: where they are given and unknown, the error says which program has them.
-MOVED = dict.fromkeys(("drop_by", "recycle_dormant", "step_exponent"), "high_sparsity.py")
-MOVED |= {"dense_moments": "dense_moments.py"}
+RECIPE = ("drop_by", "recycle_dormant", "step_exponent", "n_step", "layer_norm", "actor_sparsity", "critic_sparsity")
+MOVED = dict.fromkeys(RECIPE, "high_sparsity.py") | {"dense_moments": "dense_moments.py"}
 
 
 def main(arguments: type[Arguments] = Arguments) -> int:

@@ -84,12 +84,13 @@ class HighSparsityArguments(Arguments):
         super().validate()
         self.require(0 <= self.step_exponent <= 1, "step_exponent", "between 0 and 1")
         most = min(self.learning_starts + 1, max(1, self.buffer_size // 2))
-        whole = isinstance(self.n_step, int)
-        self.require(whole and 0 < self.n_step <= most, "n_step", f"a whole number from 1 to {most}")
+        bounds = "--learning-starts + 1 and half of --buffer-size"
+        self.require(self.n_step <= most, "n_step", f"at most {most} ({bounds})")
         for name in ("actor_sparsity", "critic_sparsity"):
             self.require(0 <= (getattr(self, name) or 0) < 1, name, "at least 0 and below 1")
             if getattr(self, name) is not None and self.sparsity is None:
-                raise InputError(f"--{name.replace('_', '-')} goes with --sparsity, which the other networks have")
+                advice = f"leave it out: {self.method} is dense" if self.dense else "give that instead of --er-lambda"
+                raise InputError(f"--{name.replace('_', '-')} changes --sparsity for one network: {advice}")
         if self.recycle_dormant and not self.weight_decay:
             raise InputError("--weight-decay must be positive with --recycle-dormant: decay shows that a unit is dead")
         if self.drop_by == "contribution" and not self.adapts:

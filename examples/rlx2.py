@@ -1,21 +1,23 @@
 """RLx2's recipe on our engines (arXiv 2205.15043): gradient growth, targets of three steps, a buffer that forgets.
 
-Settings are those of its code. These sparsities of the hidden layers leave as many connections there as its own:
+Settings are those of its code. These sparsities of the hidden layers leave as many connections there as its rule:
 
     python examples/rlx2.py --env HalfCheetah-v4 --sparsity 0.92 --critic-sparsity 0.853
     python examples/rlx2.py --env Hopper-v4 --sparsity 0.985 --critic-sparsity 0.953
     python examples/rlx2.py --env Walker2d-v4 --sparsity 0.977 --critic-sparsity 0.953
     python examples/rlx2.py --env Ant-v4 --sparsity 0.969 --critic-sparsity 0.883
 
-It runs for three million steps, and this for one. Three things differ: our output layers are dense, and its actors' are
-sparse too; transitions of the first tenth keep targets of one step; our targets are pruned by magnitude, and its take
-over the network's topology at once.
+It runs for three million steps, and this for one. Some things differ. Our output layers are dense, and its actors' are
+sparse too. Transitions of the first tenth keep targets of one step. Our targets are pruned by magnitude, and its take
+over the network's topology at once. Its adaptation takes the place of an update, keeps Adam's moments, and leaves a
+connection that is dropped and grown at once its weight. Its buffer compares the actions before exploration noise.
 """
 
 import dataclasses
 import math
 import sys
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -29,14 +31,14 @@ from dst_td3 import TD3, Arguments, Layer, MaskedEngine, ReplayBuffer, initial_v
 from high_sparsity import HighSparsityArguments, MultiStepBuffer
 
 COMPARED = 2048  # oldest transitions whose actions are compared with the policy's
-DISTANCE = 0.2  # half the mean square of their difference, in units of half the range, from which on they are forgotten
+DISTANCE = 0.2  # beyond which they are forgotten: half the mean square of the difference, of actions in [-1, 1]
 FEWEST = 100_000  # transitions that are never forgotten
 
 
 class ForgettingBuffer(MultiStepBuffer):
     """A buffer that draws from its transitions since the one numbered ``oldest``.
 
-    Targets have one step, and so many ``steps`` for transitions that come ``after`` so many.
+    Targets have one step for the first ``after`` transitions, then ``steps``.
     """
 
     def __init__(self, capacity: int, observations: int, actions: int, steps: int, gamma: float, after: int):
@@ -63,7 +65,7 @@ class RLx2TD3(TD3):
 
     def __init__(self, engine, bounds: tuple[np.ndarray, np.ndarray], args: "RLx2Arguments"):
         super().__init__(engine, bounds, args)
-        self.oldest = np.zeros((), np.int64)  # transition that is not forgotten
+        self.oldest = np.zeros((), np.int64)  # number of the oldest transition that is not forgotten
 
     def learn(self, buffer: ForgettingBuffer, step: int, rng: Generator) -> None:
         """Learn from one environment step; what is dropped shrinks along a cosine, from ``drop_fraction`` to none."""
@@ -117,10 +119,11 @@ class RLx2Arguments(HighSparsityArguments):
     batch_size: int = 256  # transitions in a batch
     learning_rate: float = 3e-4  # Adam's learning rate, actor and critics
     weight_decay: float = 0  # L2 penalty, actor and critics
-    drop_by: str = "magnitude"  # the one rule of RLx2
-    recycle_dormant: bool = False  # draw hidden units anew that have died, when an adaptation is due (ReDo)
+    drop_by: Literal["magnitude"] = "magnitude"  # the smallest weights
+    recycle_dormant: Literal[False] = False  # no part of RLx2
+    layer_norm: Literal[False] = False  # no part of RLx2
     updates_per_step: int = 1  # update-to-data ratio: critic updates after each environment step
-    step_exponent: float = 0.0  # a sparse layer learns at density ** -step_exponent times the learning rate
+    step_exponent: Literal[0.0] = 0.0  # all layers learn at the learning rate
     n_step: int = 3  # steps whose rewards a target value adds up, from a tenth of the run on
     forgets: bool = True  # forget old transitions once the policy has moved on
 

@@ -15,8 +15,8 @@ that its network has dropped since, and it has not.
 
 **What the compiled updates take.** ``Arrays`` of actor and critics, ``Activations`` of both, a replay buffer's rows
 [capacity, columns], int64 indices [batch] of the batch, noise [batch, actions], ``Settings`` and Adam's step number.
-All floats have the parameters' type, to which an engine converts what it is given. Another type, or another number of
-half vectors in the batch, compiles anew.
+All floats have the parameters' type, to which an engine converts noise and a batch's rows. Another type, or another
+number of half vectors in the batch, compiles anew.
 
 **How the kernels move memory.** A connection multiplies a whole row of activations, so loading rows bounds the time.
 

@@ -97,8 +97,8 @@ def compiled_apart(function: Callable) -> Callable:
 def compiled_for(function: Callable, arguments: tuple) -> Callable:
     """Return a ``compiled`` function for arguments of these types, and compile it if need be.
 
-    What is returned must be called with such alone. At a call of the function itself, numba finds out the type of each
-    array, which takes longer than unpacking them.
+    What is returned takes arguments of these types only, and checks nothing. At a call of the function itself, numba
+    finds out the type of each array, which takes longer than unpacking them.
     """
     return function.compile(tuple(map(numba.typeof, arguments)))
 

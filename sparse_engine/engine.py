@@ -47,7 +47,12 @@ class Engine:
 
     def _arguments(self, network: SparseNetwork, batch: tuple[np.ndarray, np.ndarray], *rest) -> tuple:
         """Return what an update of ``network`` takes; a ``batch`` are the rows of a buffer and indices of some."""
-        rows, indices = self._matrix(batch[0]), np.ascontiguousarray(batch[1], np.int64)
+        rows, indices = batch
+        if indices.ndim != 1 or indices.dtype.kind not in "iu":
+            raise ValueError(f"indices are {indices.dtype}{indices.shape}, not whole numbers [batch]")
+        if rows.dtype != self.dtype or not rows.flags.c_contiguous:  # only those of the batch are worth a copy
+            rows, indices = self._matrix(rows[indices]), np.arange(len(indices))
+        indices = np.ascontiguousarray(indices, np.int64)
         if len(indices) != self._activations[0].batch:
             self._prepare(len(indices))
         return (
@@ -62,10 +67,19 @@ class Engine:
         )
 
     def _matrix(self, array: np.ndarray) -> np.ndarray:
-        """Return a matrix as the kernels take it, who ask nothing: itself, or a copy where it is of another type."""
+        """Return a matrix as the kernels, which check nothing, take it: itself, or a copy of another type."""
         if array.ndim != 2:
-            raise ValueError(f"an array of shape {array.shape} is no matrix")
+            raise ValueError(f"an array of shape {array.shape} is not a matrix")
         return np.ascontiguousarray(array, self.dtype)
+
+    def __getstate__(self) -> dict:
+        """Leave out what cannot be pickled, compiled functions."""
+        return vars(self) | {"_compiled": {}}
+
+    def __setstate__(self, state: dict) -> None:
+        """Take over what ``__getstate__`` returned, and compile again."""
+        vars(self).update(state)
+        self._prepare(self._activations[0].batch)
 
     def _calls(self, observation, batch: tuple, noise: np.ndarray) -> Iterator[tuple[Callable, tuple]]:
         """Yield the compiled functions that the agent calls, with arguments of the types that they take."""

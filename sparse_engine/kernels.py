@@ -442,7 +442,7 @@ def dense_forward(network, part, layer, parameters, activations, source, thresho
 
 
 def where_normalized(function: Callable) -> Callable:
-    """Compile a function of a network alone, or of none: nothing is compiled for a stack that is not normalized."""
+    """Compile a kernel that runs only where the stack is normalized; for other stacks nothing is compiled."""
     kernel = compiled_apart(function)
 
     def stub(network, part, layer, activations):
@@ -626,7 +626,7 @@ def adam_step(network: Arrays, steps: int, learning_rate: float, weight_decay: n
     first_rate, second_rate, epsilon = number(1 - BETAS[0]), number(1 - BETAS[1]), number(1e-8)
     for part, scale in enumerate(network.step_scale):
         step_size = number(learning_rate * scale / (1 - BETAS[0] ** steps))
-        # Views, for of an index that may be negative numba asks so each time, and then nothing is vectorized.
+        # Views, whose indices start at 0: numba checks whether any other is negative, and then nothing is vectorized.
         here = slice(network.part_start[part], network.part_start[part + 1])
         parameters, gradient = network.parameters[here], network.gradient[here]
         first, second = network.first_moment[here], network.second_moment[here]

@@ -305,6 +305,10 @@ class SparseNetwork:
         self._soft_update = self._soft_update or compiled_for(soft_update, arguments)
         self._soft_update(*arguments)
 
+    def __getstate__(self) -> dict:
+        """Leave out what cannot be pickled, a compiled function."""
+        return vars(self) | {"_soft_update": None}
+
     def soft_update_arguments(self) -> tuple:
         """Return what ``soft_update`` takes."""
         target, extra = self.arrays.target, self.arrays.extra_weight

@@ -865,7 +865,7 @@ def test_the_command_draws_ones_own_runs_beside_the_published_and_prints_the_dif
         assert (own / "figures" / f"beside.{suffix}").stat().st_size > 1000
     panels = analysis.plot_beside(*map(analysis.read_results, (own, published))).figure.axes
     assert [axes.get_title() for axes in panels[:2]] == ["Hopper-v4 (3, 3, 3, 1 seeds)", "Swimmer-v5 (1 seed)"]
-    drawn = [text.get_text() for text in panels[2].get_legend().get_texts()]
+    drawn = [text.get_text().replace("\n", " ") for text in panels[2].get_legend().get_texts()]
     named = (
         "TD3, published",
         "DS-TD3, published",

@@ -172,7 +172,7 @@ def test_engines_agree_with_normalized_critics(hidden):
     pair = Pair(case(hidden, args=arguments(adapt_interval=30, drop_by="contribution", layer_norm=True), batch_size=37))
     pair.train_over_ten_adaptations()
     plain = Pair(case(hidden, args=arguments(adapt_interval=30, drop_by="contribution"), batch_size=37))
-    plain.train(range(1, 3))
+    plain.train(range(1, 301))
     assert plain.sparse.losses["critic_loss"] != pair.sparse.losses["critic_loss"]
 
 
@@ -265,12 +265,17 @@ def test_engines_measure_the_same_contributions():
         ("--drop-by nothing", "--drop-by"),
         ("--step-exponent 1.5", "--step-exponent must be between 0 and 1, not 1.5"),
         ("--step-exponent nan", "--step-exponent must be"),
-        ("--n-step 0", "--n-step must be a whole number from 1 to"),
-        ("--n-step 3 --buffer-size 5", "--n-step must be a whole number from 1 to 2, not 3"),
-        ("--n-step 3 --learning-starts 1", "--n-step must be a whole number from 1 to 2, not 3"),
+        ("--n-step 0", "--n-step must be a positive whole number, not 0"),
+        (
+            "--n-step 3 --buffer-size 5",
+            "--n-step must be at most 2 (--learning-starts + 1 and half of --buffer-size), not 3",
+        ),
+        ("--n-step 3 --learning-starts 1", "--n-step must be at most 2 (--learning-starts + 1 and half"),
         ("--sparsity 0.9 --critic-sparsity 1", "--critic-sparsity must be at least 0 and below 1, not 1.0"),
-        ("--actor-sparsity 0.9", "--actor-sparsity goes with --sparsity"),
-        ("--er-lambda 7 64 --critic-sparsity 0.9", "--critic-sparsity goes with --sparsity"),
+        ("--actor-sparsity 0.9", "--actor-sparsity changes --sparsity for one network: give that"),
+        ("--er-lambda 7 64 --critic-sparsity 0.9", "for one network: give that instead of --er-lambda"),
+        ("--method td3 --critic-sparsity 0.9", "for one network: leave it out: td3 is dense"),
+        ("--sparsity 0.9 --actor-sparsity 0.99999", "this sparsity or lambda leaves layer 1 of [11, 256, 256, 3] no"),
         ("--updates-per-step 0", "--updates-per-step must be a positive whole number, not 0"),
         ("--method td3 --sparsity 0.5", "td3 is dense"),
         ("--dense-moments", "--dense-moments is an option of dense_moments.py"),

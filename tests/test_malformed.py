@@ -292,7 +292,7 @@ OPTIONS = [
 @repeated(250)
 @given(options=st.lists(st.tuples(st.sampled_from(OPTIONS), st.lists(words, max_size=2)), min_size=1, max_size=3))
 def test_arguments(options, tmp_path, monkeypatch):
-    """What is not refused learns for a few steps; so many updates after each that it would never end are left out."""
+    """What is not refused learns for a few steps. A step with endless updates is left out."""
     assume(not any(option == "--updates-per-step" and len(word) >= 30 for option, words in options for word in words))
     advance = dst_td3.Run.advance
 

@@ -127,6 +127,19 @@ def test_what_a_script_passes_counts_as_on_the_command_line(tmp_path):
     for wrong in ({"seed": 1.5}, {"hidden": (8.0, 8)}, {"learning_starts": 100.5}, {"snapshot_at": (200.5,)}):
         with pytest.raises(InputError, match="must be"):
             Arguments(**wrong).validate()
+    wrong = {
+        "sparsity": "0.9",
+        "gamma": "0.9",
+        "hidden": 64,
+        "seed": True,
+        "track": "no",
+        "results_dir": None,
+        "env": 3,
+    }
+    recipes = {"drop_by": "weight", "recycle_dormant": "no", "layer_norm": 1, "n_step": True, "actor_sparsity": [0.9]}
+    for name, value in (wrong | recipes).items():
+        with pytest.raises(InputError, match=f"^--{name.replace('_', '-')} must be .*, not "):
+            HighSparsityArguments(**{name: value}).validate()
 
 
 def test_the_wheel_has_the_algorithms_and_their_commands(tmp_path):

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import math
 import os
+import pickle
 import platform
 import subprocess
 import sys
@@ -113,12 +114,13 @@ def test_engines_agree_in_float32(batch_size):
 def test_what_an_update_takes_is_converted_or_refused():
     """Compiled code asks no more: what is of another type, or not contiguous, would be read as if it were."""
     this = case()
-    noise, indices = np.zeros((8, ACTIONS)), np.arange(8)
+    noise = np.random.default_rng(0).standard_normal((8, ACTIONS)).astype(np.float32).astype(np.float64)
+    indices = np.arange(8)
     losses = []
     for rows, picked, drawn in (
         (this.buffer.rows, indices, noise),
         (np.asfortranarray(this.buffer.rows), indices.astype(np.int32), noise.astype(np.float32)),
-        (np.repeat(this.buffer.rows, 2, axis=1)[:, ::2], np.repeat(indices, 2)[::2], np.zeros((ACTIONS, 8)).T),
+        (np.repeat(this.buffer.rows, 2, axis=1)[:, ::2], np.repeat(indices, 2)[::2], np.asfortranarray(noise)),
     ):
         agent, _ = this.agent("sparse")
         buffer = types.SimpleNamespace(rows=rows)
@@ -127,8 +129,23 @@ def test_what_an_update_takes_is_converted_or_refused():
         )
     assert losses[0] == losses[1] == losses[2]
     for wrong in (noise.ravel(), noise[None]):
-        with pytest.raises(ValueError, match="is no matrix"):
+        with pytest.raises(ValueError, match="is not a matrix"):
             agent.engine.update_critics(this.buffer, indices, wrong)
+    for wrong in (indices.reshape(4, 2), indices > 3, indices + 0.5, np.int64(3)):
+        with pytest.raises(ValueError, match="not whole numbers"):
+            agent.engine.update_critics(this.buffer, wrong, noise)
+
+
+def test_an_agent_can_be_pickled():
+    this = case()
+    agent, rng = this.agent("sparse")
+    this.train(agent, rng, range(1, 4))
+    other = pickle.loads(pickle.dumps(agent))
+    other_rng = np.random.default_rng()
+    other_rng.bit_generator.state = rng.bit_generator.state
+    for each, generator in ((agent, rng), (other, other_rng)):
+        this.train(each, generator, range(4, 20))
+    assert bytes_of(agent) == bytes_of(other)
 
 
 def test_the_batch_size_may_change():
