@@ -14,7 +14,7 @@
 6. Layer normalization in the critics (``--layer-norm``), before the ReLU of their hidden layers (arXiv 1607.06450).
 7. An actor and critics of different sparsities (``--actor-sparsity``, ``--critic-sparsity``; arXiv 2205.15043).
 
-``docs/high-sparsity.md`` says what each part is worth.
+``docs/high-sparsity.md`` says what the parts are worth, so far as they were tried.
 """
 
 import collections
