@@ -352,14 +352,15 @@ class Arrays(NamedTuple):
 def activations(network: Arrays, batch: int) -> Activations:
     """Allocate padded rows of cache lines for a stack's units, then for scratch.
 
-    Scratch are one layer's sums in ``sparse_backward``, then what ``normalize`` keeps: the normalized value of each of
-    the stack's R rows, and a scale for each part. Rows are an odd number of cache lines long, so that a column of tiles
-    spreads over all sets of a cache.
+    Scratch are one layer's sums in ``sparse_backward`` and, of a normalized stack, what ``normalize`` keeps: the
+    normalized value of each of its R rows, and a scale for each part. Rows are an odd number of cache lines long, so
+    that a column of tiles spreads over all sets of a cache.
     """
     dtype = network.parameters.dtype
     stride = (-(-batch * dtype.itemsize // CACHE_LINE) | 1) * CACHE_LINE // dtype.itemsize
     rows, parts = len(network.extra_start) - 1, len(network.first_row)
-    length = stride * int(network.sizes[0] + rows + network.sizes.max() + rows + parts)
+    kept = (rows + parts) * len(network.normalized)
+    length = stride * int(network.sizes[0] + rows + network.sizes.max() + kept)
     room = np.zeros(length + CACHE_LINE // dtype.itemsize, dtype)
     start = -room.ctypes.data % CACHE_LINE // dtype.itemsize
     half_vectors = (None,) * -(-batch * dtype.itemsize * 2 // VECTOR_BYTES)
