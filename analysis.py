@@ -940,6 +940,7 @@ LEGEND_WIDTH = 45  # characters, so that a setting of many options leaves room f
 def plot_beside(own: Results, published: Results) -> Plot:
     """Return learning curves: a panel for each environment, one's own runs bright, the published methods' as ever."""
     settings = settings_of(own)
+    wrapped = functools.partial(textwrap.fill, width=LEGEND_WIDTH, break_on_hyphens=False)
     figure, panels = panels_of(list(dict.fromkeys(env for env, *_ in settings)))
     others = list(dict.fromkeys(describe_setting(*setting) for _, *setting in settings))
     colours = dict(zip(others, itertools.cycle((GREEN, PINK, SKY, "#D55E00", "#F0E442")), strict=False))
@@ -952,11 +953,9 @@ def plot_beside(own: Results, published: Results) -> Plot:
             alike = published_alike(published, env, method, options)
             if alike and alike[0].options:  # the three methods are drawn already
                 label = describe_setting(method, alike[0].options, PAPER_LENGTH)
-                label = textwrap.fill(f"{label}, published", LEGEND_WIDTH, break_on_hyphens=False)
-                plot_curves(axes, cut(alike, longest), label, "#AAAAAA")
+                plot_curves(axes, cut(alike, longest), wrapped(f"{label}, published"), "#AAAAAA")
             label = describe_setting(method, options, length)
-            line = textwrap.fill(f"{label}, ours", LEGEND_WIDTH, break_on_hyphens=False)
-            plot_curves(axes, own.select(env, method, options, length), line, colours[label])
+            plot_curves(axes, own.select(env, method, options, length), wrapped(f"{label}, ours"), colours[label])
         label_axes(axes, env)
     add_legend(figure, panels, "mean of ten evaluations, single ones pale")
     return Plot("beside", figure)

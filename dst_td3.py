@@ -126,6 +126,11 @@ class Arguments:
         return self.sparsity, self.sparsity
 
     @property
+    def buffer_capacity(self) -> int:
+        """How many transitions the replay buffer of a run needs room for."""
+        return min(self.buffer_size, self.total_timesteps)
+
+    @property
     def dense(self) -> bool:
         """Whether the networks hold every connection."""
         return not self.method.startswith(("ds-", "static-"))
@@ -156,7 +161,7 @@ class Arguments:
 
         Whenever an episode has ended it has added one transition for each step: a checkpoint counts on that.
         """
-        return ReplayBuffer(min(self.buffer_size, self.total_timesteps), observations, actions)
+        return ReplayBuffer(self.buffer_capacity, observations, actions)
 
     def papers(self) -> "Arguments":
         """Return the paper's setting of this environment and method; a run's name says what differs from it."""
@@ -706,7 +711,7 @@ def count_costs(env: CheckedEnvironment, args: Arguments) -> dict[str, float]:
     """
     sizes, costs = network_sizes(env, args), []
     sparse = [sum(connections) for _, connections in sizes]
-    dense = [sum(map(math.prod, itertools.pairwise(widths))) for widths, _ in sizes]
+    dense = [sum(count_connections(widths)) for widths, _ in sizes]
     for (actor, critic), updates_per_step in ((sparse, args.updates_per_step), (dense, 1)):
         updates = args.total_timesteps * updates_per_step * args.batch_size
         costs.append((actor + 2 * critic, updates * (6 * 2 * critic + 6 * actor / args.policy_frequency)))
@@ -718,10 +723,10 @@ def count_costs(env: CheckedEnvironment, args: Arguments) -> dict[str, float]:
 def require_memory(env: CheckedEnvironment, args: Arguments) -> None:
     """Raise InputError where networks, replay buffer and a batch need more than this machine's memory."""
     (actor, _), (critic, _) = network_sizes(env, args)
-    dense = sum(sum(map(math.prod, itertools.pairwise(widths))) for widths in (actor, critic, critic))
+    dense = sum(sum(count_connections(widths)) for widths in (actor, critic, critic))
     copies = 4 if args.engine == "sparse" else 10  # of a dense float32 matrix: drawn as such, and kept by one engine
     transition = 2 * env.observations + env.actions + 2
-    numbers = copies * dense + transition * min(args.buffer_size, args.total_timesteps)
+    numbers = copies * dense + transition * args.buffer_capacity
     needed = 4 * (numbers + args.batch_size * (transition + sum(actor + 2 * critic)))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > memory:
@@ -739,12 +744,12 @@ def describe(args: Arguments) -> str:
         for number, (inputs, outputs, count) in enumerate(zip(widths, widths[1:], connections, strict=False), start=1):
             shape, sparsity = f"{inputs} x {outputs}", 1 - count / (inputs * outputs)
             lines.append(f"{name:<12}{number:<5}{shape:>12}{count:>14,}{sparsity:>10.3f}")
-    costs, transitions = count_costs(env, args), min(args.buffer_size, args.total_timesteps)
+    costs = count_costs(env, args)
     row = ReplayBuffer(1, env.observations, env.actions).rows
     share = costs["training_flops"] / costs["training_flops_of_dense"]
     lines.append(f"#params    {costs['connections']:,} connections (sparsity {costs['sparsity']:.2f})")
     lines.append(f"FLOPs      {costs['training_flops']:.3g} for training, {share:.2f}x dense")
-    lines.append(f"bytes      {transitions * row.nbytes / 1e6:,.0f} MB of replay buffer, once it is full")
+    lines.append(f"bytes      {args.buffer_capacity * row.nbytes / 1e6:,.0f} MB of replay buffer, once it is full")
     return "\n".join(lines)
 
 
@@ -908,8 +913,9 @@ def check_arguments(args: Arguments) -> None:
             least = 0 if name in ("seed", "learning_starts") else 1
             expected = "a positive whole number" if least else "zero or a positive whole number"
             args.require(fits(value, int) and value >= least, name, expected)
-        expected = " or ".join(map(str, get_args(kind))) if get_origin(kind) is Literal else f"of type {kind}"
-        args.require(fits(value, kind), name, expected)
+        else:
+            expected = " or ".join(map(str, get_args(kind))) if get_origin(kind) is Literal else f"of type {kind}"
+            args.require(fits(value, kind), name, expected)
     for name in ("weight_decay", "exploration_noise", "policy_noise", "noise_clip"):
         args.require(0 <= getattr(args, name) < math.inf, name, "zero or a positive number")
     for name in ("drop_fraction", "adapt_until", "gamma", "tau"):

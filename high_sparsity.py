@@ -98,13 +98,11 @@ class HighSparsityArguments(Arguments):
 
     def make_buffer(self, observations: int, actions: int) -> ReplayBuffer:
         """Return the replay buffer of a run, for so many numbers in each."""
-        capacity = min(self.buffer_size, self.total_timesteps)
-        return MultiStepBuffer(capacity, observations, actions, self.n_step, self.gamma)
+        return MultiStepBuffer(self.buffer_capacity, observations, actions, self.n_step, self.gamma)
 
     def make_agent(self, actor: list[Layer], critics: list[Layer], bounds: tuple) -> TD3:
         """Return the agent to train."""
-        options = {"normalized_critics": self.layer_norm}
-        engine = self.make_engine(actor, critics, bounds, HighSparsityMaskedEngine, **options)
+        engine = self.make_engine(actor, critics, bounds, HighSparsityMaskedEngine, normalized_critics=self.layer_norm)
         return HighSparsityTD3(engine, bounds, self)
 
 

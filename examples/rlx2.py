@@ -135,9 +135,8 @@ class RLx2Arguments(HighSparsityArguments):
 
     def make_buffer(self, observations: int, actions: int) -> ReplayBuffer:
         """Return the replay buffer of a run, for so many numbers in each."""
-        capacity = min(self.buffer_size, self.total_timesteps)
         after = self.total_timesteps // 10
-        return ForgettingBuffer(capacity, observations, actions, self.n_step, self.gamma, after)
+        return ForgettingBuffer(self.buffer_capacity, observations, actions, self.n_step, self.gamma, after)
 
     def make_agent(self, actor: list[Layer], critics: list[Layer], bounds: tuple) -> TD3:
         """Return the agent to train, whose first connections are the largest weights of a dense network."""

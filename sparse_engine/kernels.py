@@ -46,9 +46,7 @@ DOTS_AT_ONCE = 4
 class Activations(NamedTuple):
     """Room for the values of all units of a stack for a batch: see ``activations``."""
 
-    values: (
-        np.ndarray
-    )  # a row of ``stride`` for each unit, the stack's inputs, then all outputs; then scratch rows: see ``activations``
+    values: np.ndarray  # rows of ``stride``: of the stack's inputs, of all outputs, then scratch
     stride: int  # elements of a row, padded to whole cache lines
     batch: int  # of which so many are samples
     half_vectors: tuple[None, ...]  # as many as hold the batch; a tuple, for its length is part of its type

@@ -171,9 +171,7 @@ def test_the_package_needs_the_versions_of_requirements():
     pinned = [line.partition("#")[0].strip() for line in (ROOT / "requirements.txt").read_text().splitlines()]
     needed = project["dependencies"] + project["optional-dependencies"]["dev"]
     assert sorted(filter(None, pinned)) == sorted(re.sub(r"\[.*\]", "", requirement) for requirement in needed)
-    assert not any("[" in line for line in pinned), (
-        "pip takes no extras in constraints, as which others are given these"
-    )
+    assert not any("[" in line for line in pinned), "pip takes no extras in constraints, and this file serves as such"
     assert f"## {project['version']}" in (ROOT / "CHANGELOG.md").read_text()
 
 
