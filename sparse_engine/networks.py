@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sparse_engine.compilation import first_level_cache
+from sparse_engine.compilation import compiled_for, first_level_cache
 from sparse_engine.kernels import (
     BACKWARD_TILE,
     FORWARD_TILE,
@@ -167,6 +167,7 @@ class SparseNetwork:
         self.arrays.parameters[self.connections :] = np.concatenate([bias.ravel() for _, _, bias in stack])
         self.arrays.target[:] = self.arrays.parameters
         self.steps = np.zeros((), dtype=np.int64)
+        self._soft_update: Callable | None = None  # compiled for this network
 
     @property
     def connections(self) -> int:
@@ -300,7 +301,13 @@ class SparseNetwork:
 
     def update_target(self) -> None:
         """Move the target a step ``tau`` towards the network, then prune it back to the network's sparsity."""
-        soft_update(*self.soft_update_arguments())
+        arguments = self.soft_update_arguments()
+        self._soft_update = self._soft_update or compiled_for(soft_update, arguments)
+        self._soft_update(*arguments)
+
+    def __getstate__(self) -> dict:
+        """Leave out what cannot be pickled, a compiled function."""
+        return vars(self) | {"_soft_update": None}
 
     def soft_update_arguments(self) -> tuple:
         """Return what ``soft_update`` takes."""
