@@ -45,6 +45,7 @@ PAPERS_CONNECTIONS = 32_768  # of a 256 x 256 layer at sparsity 0.5
 PEERS = ("rltools", "stable-baselines3", "sbx")
 LEARNING_STARTS = 1000
 STEPS = 1000  # of a block of training
+SETTINGS = ("RL_TOOLS_DISABLE_MKL", "OPENBLAS_CORETYPE", "NUMBA_CPU_NAME")  # environment variables that change speeds
 
 
 @dataclass(frozen=True)
@@ -529,7 +530,7 @@ def markdown(table: pd.DataFrame) -> str:
 
 
 def machine() -> str:
-    """Describe processor, instruction set, caches and versions."""
+    """Describe processor, instruction set, caches, versions and settings."""
     cpuinfo = Path("/proc/cpuinfo").read_text()
     fields = dict(line.split(":", 1) for line in cpuinfo.splitlines() if ":" in line)
     fields = {key.strip(): value.strip() for key, value in fields.items()}
@@ -541,7 +542,8 @@ def machine() -> str:
     model = f"{fields.get('model name')} (family {fields.get('cpu family')}, model {fields.get('model')})"
     versions = f"Python {platform.python_version()}, torch {torch.__version__}, numba {numba.__version__}"
     gpus = f"{torch.cuda.get_device_name()}; " if torch.cuda.is_available() else ""
-    return f"{model}, {' '.join(vector)}; {', '.join(caches)}; {os.cpu_count()} cores; {gpus}{versions}"
+    settings = "".join(f"; {name}={os.environ[name]}" for name in SETTINGS if name in os.environ)
+    return f"{model}, {' '.join(vector)}; {', '.join(caches)}; {os.cpu_count()} cores; {gpus}{versions}{settings}"
 
 
 PARTS = {part.__name__: part for part in (updates, end_to_end, sac, step, inference, memory, kernels, layers, gpu)}

@@ -79,8 +79,9 @@ RLTOOLS = {
 
 def train_rltools(another: Callable[[], bool], algorithm: str) -> None:
     """Train RLtools' agent, which is compiled first where this machine has not done so yet (about a minute)."""
-    for package in ("mkl", "mkl-include"):
-        version(package)  # fails where it is missing; RLtools would go on with another BLAS, or with none
+    if "RL_TOOLS_DISABLE_MKL" not in os.environ:
+        for package in ("mkl", "mkl-include"):
+            version(package)  # fails where it is missing; RLtools would go on with another BLAS, or with none
     os.environ["MKL_NUM_THREADS"] = "1"
     import rltools
 
