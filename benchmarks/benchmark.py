@@ -45,7 +45,7 @@ PAPERS_CONNECTIONS = 32_768  # of a 256 x 256 layer at sparsity 0.5
 PEERS = ("rltools", "stable-baselines3", "sbx")
 LEARNING_STARTS = 1000
 STEPS = 1000  # of a block of training
-SETTINGS = ("RL_TOOLS_DISABLE_MKL", "OPENBLAS_CORETYPE", "NUMBA_CPU_NAME")  # environment variables that change speeds
+SETTINGS = ("RL_TOOLS_DISABLE_MKL", "OPENBLAS_CORETYPE", "NUMBA_CPU_FEATURES")  # environment variables that change speeds
 
 
 @dataclass(frozen=True)
