@@ -45,7 +45,8 @@ PAPERS_CONNECTIONS = 32_768  # of a 256 x 256 layer at sparsity 0.5
 PEERS = ("rltools", "stable-baselines3", "sbx")
 LEARNING_STARTS = 1000
 STEPS = 1000  # of a block of training
-SETTINGS = ("RL_TOOLS_DISABLE_MKL", "OPENBLAS_CORETYPE", "NUMBA_CPU_FEATURES")  # environment variables that change speeds
+# Environment variables that change speeds, which the report names.
+SETTINGS = ("RL_TOOLS_DISABLE_MKL", "OPENBLAS_CORETYPE", "NUMBA_CPU_FEATURES", "ATEN_CPU_CAPABILITY")
 
 
 @dataclass(frozen=True)

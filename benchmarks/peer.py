@@ -11,11 +11,11 @@ the critics at every 1,000th. None of this makes their later steps much slower.
 """
 
 import os
+import re
 import sys
 import time
 import warnings
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 
 import gymnasium
@@ -78,10 +78,10 @@ RLTOOLS = {
 
 
 def train_rltools(another: Callable[[], bool], algorithm: str) -> None:
-    """Train RLtools' agent, which is compiled first where this machine has not done so yet (about a minute)."""
-    if "RL_TOOLS_DISABLE_MKL" not in os.environ:
-        for package in ("mkl", "mkl-include"):
-            version(package)  # fails where it is missing; RLtools would go on with another BLAS, or with none
+    """Train RLtools' agent, which is compiled first where this machine has not done so yet (about a minute).
+
+    It multiplies with Intel's MKL, or with OpenBLAS where the environment has RL_TOOLS_DISABLE_MKL.
+    """
     os.environ["MKL_NUM_THREADS"] = "1"
     import rltools
 
@@ -103,6 +103,9 @@ def train_rltools(another: Callable[[], bool], algorithm: str) -> None:
         **RLTOOLS[algorithm],
     )
     state = module.State(0)
+    blas = "openblas" if "RL_TOOLS_DISABLE_MKL" in os.environ else "mkl"
+    if not re.search(f"/(lib)?{blas}", Path("/proc/self/maps").read_text()):  # numpy's own is libscipy_openblas
+        raise RuntimeError(f"RLtools found no {blas}: it would multiply with another BLAS, or with its own slow loops")
     state.step()
     while another():
         state.step()

@@ -230,6 +230,24 @@ def test_speedups_on_each_processor_are_those_measured(row):
     assert all(is_times(row[sparsity], measured[sparsity]) for sparsity in ("0.5", "0.8", "0.9", "0.95"))
 
 
+@pytest.mark.parametrize(
+    ("column", "file"),
+    {
+        "Zen 5, AVX-512": "end_to_end.csv",
+        "Zen 5, AVX2 alone": "zen-5/end_to_end-avx2.csv",
+        "Zen 5, default BLAS": "zen-5/end_to_end-default.csv",
+        "Xeon, earlier engine": "xeon/end_to_end.csv",
+    }.items(),
+)
+def test_speeds_over_rltools_are_those_measured(column, file):
+    measured = benchmark(file)
+    first, *rows = table(TEXT["docs/benchmarks.md"], "| agent | Zen 5")
+    assert first[column] == f"{float(measured['rltools']['steps_per_second']):,.0f}"
+    for row in rows:
+        speeds = measured[{"TD3, compiled here": "td3, compiled"}.get(row["agent"], row["agent"].lower())]
+        assert is_times(row[column], float(speeds["speedup_over_rltools"]))
+
+
 def test_the_table_of_high_sparsity_is_the_notebooks():
     notebooks = (RESULTS / "tables" / "high_sparsity.md").read_text()
     assert notebooks[notebooks.index("| setting |") :].strip() in TEXT["docs/high-sparsity.md"]
@@ -270,7 +288,7 @@ def test_returns_outside_the_papers_deviations_are_listed():
 def test_the_time_to_the_dense_return_is_the_notebooks():
     text = (RESULTS / "tables" / "seconds_to_dense.md").read_text()
     notebooks = {row["HalfCheetah-v4"]: row for row in table(text, "| HalfCheetah-v4 |")}
-    for row in table(TEXT["docs/benchmarks.md"], "| agent | minutes"):
+    for row in table(TEXT["docs/benchmarks.md"], "| agent | seeds | minutes"):
         measured = notebooks[row["agent"]]
         assert row["return after a third of RLtools' time"] == measured["return after a third of that run's time"]
         assert row["minutes"] == measured["minutes"].replace("-", "not reached")
