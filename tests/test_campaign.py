@@ -160,6 +160,8 @@ def test_list_covers_the_papers_grid_once():
     recipe, recipes = f"_{RECIPE}", ("", f"_{ADAPTING_RECIPE}")
     expected |= {(env, "ds-td3", f"_sparsity={s}{r}") for env in FOUR for s in (0.9, 0.95) for r in recipes}
     expected |= {(env, method, f"_sparsity=0.9{recipe}") for env in FOUR for method in ("ds-td3", "static-td3")}
+    three = f"_{ADAPTING_RECIPE}_n-step=3"
+    expected |= {("Walker2d-v4", "ds-td3", f"_sparsity={s}{three}") for s in (0.9, 0.95)}
     expected |= {(env, "td3", recipe) for env in (cheetah, "Walker2d-v4")}
     expected |= {(cheetah, "td3", f"_hidden=77,77{recipe}")}
     found = [(a.env, a.method, dst_td3.run_name(a).removeprefix(a.method), a.seed) for a in listed]

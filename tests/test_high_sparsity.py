@@ -20,7 +20,7 @@ from engines import (
     train,
 )
 from hypothesis import HealthCheck, given, settings
-from running import ADAPTING_RECIPE, SHORT, assert_refused, assert_same_bytes, killed_after, run_directory
+from running import ADAPTING_RECIPE, FOUR, SHORT, assert_refused, assert_same_bytes, killed_after, run_directory
 
 import dst_td3
 import high_sparsity
@@ -300,17 +300,19 @@ def test_a_killed_run_resumes_to_the_same_bytes(command_line, tmp_path, engine, 
 
 
 def test_it_trains_with_the_recipe_unless_told_otherwise():
-    """Methods that drop nothing have no rule to drop by, and keep the rest."""
+    """Methods that drop nothing have no rule to drop by, and keep the rest. Walker2d has targets of three steps."""
     recipe = {"recycle_dormant": True, "updates_per_step": 2, "step_exponent": 0.5}
     for method, rule in (("ds-td3", "contribution"), ("static-td3", "magnitude"), ("td3", "magnitude")):
         args = HighSparsityArguments(method=method)
         args.validate()
         assert {name: getattr(args, name) for name in PAPERS} == recipe | {"drop_by": rule}
+    steps = {env: HighSparsityArguments(env=env).n_step for env in FOUR}
+    assert steps == {"HalfCheetah-v4": 1, "Walker2d-v4": 3, "Hopper-v4": 1, "Ant-v4": 1}
 
 
 def test_runs_are_named_by_what_differs_from_the_paper():
     def name(**changes) -> str:
-        return dst_td3.run_name(dst_td3.resolve(HighSparsityArguments(env="Ant-v4", **changes)))
+        return dst_td3.run_name(dst_td3.resolve(HighSparsityArguments(**{"env": "Ant-v4"} | changes)))
 
     parts = "recycle-dormant=True_updates-per-step=2_step-exponent=0.5"
     assert name(sparsity=0.9) == f"ds-td3_sparsity=0.9_drop-by=contribution_{parts}"
@@ -322,6 +324,8 @@ def test_runs_are_named_by_what_differs_from_the_paper():
     assert name(**PAPERS) == "ds-td3", "without any part it is the paper's"
     apart = name(sparsity=0.95, n_step=3, layer_norm=True, critic_sparsity=0.9)
     assert apart == f"ds-td3_sparsity=0.95_drop-by=contribution_{parts}_n-step=3_layer-norm=True_critic-sparsity=0.9"
+    assert name(env="Walker2d-v4", sparsity=0.9) == f"ds-td3_sparsity=0.9_drop-by=contribution_{parts}_n-step=3"
+    assert name(env="Walker2d-v4", sparsity=0.9, n_step=1) == f"ds-td3_sparsity=0.9_drop-by=contribution_{parts}"
     named = name(hidden=(32, 32), adapt_interval=200, sparsity=0.9)
     place = "ds-td3_sparsity=0.9_hidden=32,32_adapt-interval=200_drop-by=contribution_recycle-dormant=True_updates"
     assert named.startswith(place), "in the places where they have always stood"
