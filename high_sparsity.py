@@ -1,6 +1,6 @@
 """Agents at sparsity 0.9 and above, which the paper does not cover: a variant of DS-TD3.
 
-``python high_sparsity.py --env Ant-v4 --sparsity 0.9`` trains with the first five; each part is an argument.
+``python high_sparsity.py --env Walker2d-v4 --sparsity 0.9`` trains with the first five; each part is an argument.
 
 1. A sparse layer's weights take larger steps: Adam's, times density ** -0.5. A unit with a tenth of the inputs moves a
    tenth as far in one step of the same size (with exponent 1 it is SμPar, arXiv 2405.15743).
@@ -64,7 +64,7 @@ class HighSparsityArguments(Arguments):
     actor_sparsity: float | None = None  # beside --sparsity: another one for the actor
     critic_sparsity: float | None = None  # beside --sparsity: another one for the critics
 
-    # The one setting that differs between tasks: three steps cost HalfCheetah and Ant return.
+    # The one setting that differs between tasks: three steps cost Ant return.
     N_STEP: ClassVar = {"Walker2d-v4": 3, "Walker2d-v5": 3}
 
     def __post_init__(self):

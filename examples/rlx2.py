@@ -119,12 +119,14 @@ class RLx2Arguments(HighSparsityArguments):
     batch_size: int = 256  # transitions in a batch
     learning_rate: float = 3e-4  # Adam's learning rate, actor and critics
     weight_decay: float = 0  # L2 penalty, actor and critics
-    drop_by: Literal["magnitude"] = "magnitude"  # the smallest weights
+    drop_by: Literal["magnitude"] = "magnitude"
+    """drop the smallest weights"""
     recycle_dormant: Literal[False] = False  # no part of RLx2
     layer_norm: Literal[False] = False  # no part of RLx2
     updates_per_step: int = 1  # update-to-data ratio: critic updates after each environment step
     step_exponent: Literal[0.0] = 0.0  # all layers learn at the learning rate
-    n_step: int = 3  # steps whose rewards a target value adds up, from a tenth of the run on
+    n_step: int = 3
+    """steps whose rewards a target value adds up, from a tenth of the run on"""
     forgets: bool = True  # forget old transitions once the policy has moved on
 
     def papers(self) -> "RLx2Arguments":
