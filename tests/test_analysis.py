@@ -884,6 +884,7 @@ def test_each_length_of_ones_own_runs_has_a_row_and_a_rule_of_ones_own_its_basel
     write_run(own, "Hopper-v4", rule, 0, [2500] * 201)
     write_run(own, "Hopper-v4", f"{rule}_total-timesteps=100000", 0, [2700] * 21, total=100_000)
     write_run(own, "Hopper-v4", "ds-td3_learning-rate=0.01", 0, [900] * 201)
+    write_run(own, "Hopper-v4", "ds-td3_total-timesteps=3000", 0, [100] * 4, total=3000, interval=1000)
     own, published = map(analysis.read_results, (own, published))
     rows = read_table(str(analysis.table_beside(own, published)))[::2]
     columns = ("steps", "less the same published", "less published DS-TD3")
@@ -891,10 +892,11 @@ def test_each_length_of_ones_own_runs_has_a_row_and_a_rule_of_ones_own_its_basel
         "DS-TD3 sparsity 0.9, rule momentum": ("1,000,000", "500", "1,500"),
         "DS-TD3 sparsity 0.9, rule momentum, total-timesteps 100,000": ("100,000", "700", "1,700"),
         "DS-TD3 learning-rate 0.01": ("1,000,000", "-", "-100"),
+        "DS-TD3 total-timesteps 3,000, eval-interval 1,000": ("3,000", "-", "-"),
     }
     legend = analysis.plot_beside(own, published).figure.axes[-1].get_legend()
     drawn = [text.get_text() for text in legend.get_texts()]
-    assert "DS-TD3 sparsity 0.9, published" in drawn and len(drawn) == 5
+    assert "DS-TD3 sparsity 0.9, published" in drawn and len(drawn) == 6
 
 
 @pytest.mark.parametrize("missing", ["own", "published"])
