@@ -54,7 +54,7 @@ def test_a_module_leaves_no_colon_in_a_path_and_an_old_folder_is_found(tmp_path)
 
 # --- Runs that are there ----------------------------------------------------------------------------------------------
 # What the paper's runs have of the options that have programs of their own.
-PAPERS = {"drop_by": "magnitude", "recycle_dormant": False, "step_exponent": 0.0, "dense_moments": False}
+PAPERS = {"drop_by": "magnitude", "recycle_dormant": False, "step_exponent": 0.0, "n_step": 1, "dense_moments": False}
 
 
 def kind_of(stored: dict) -> type[Arguments]:
