@@ -75,7 +75,8 @@ def test_the_committed_runs_are_finished(command_line, monkeypatch):
     for directory in directories:
         stored = json.loads((directory / "config.json").read_text())["arguments"]
         kind = kind_of(stored)
-        more = dataclasses.make_dataclass("More", [("added_later", float, 0.5)], bases=(kind,), frozen=True)
+        assert stored.pop("program", kind.__name__) == kind.__name__
+        more = dataclasses.make_dataclass(kind.__name__, [("added_later", float, 0.5)], bases=(kind,), frozen=True)
         left_open, known = {"engine", "device"}, {field.name for field in dataclasses.fields(kind)}
         assert all(stored[name] == PAPERS[name] for name in set(stored) - known)
         values = {name: value for name, value in (PAPERS | stored).items() if name in known - left_open}
