@@ -903,7 +903,7 @@ def describe_beside(own: list[Run], published: list[Run], measure: str) -> str:
     if not published:
         return "-"
     steps = min(own[0].steps, published[0].steps)
-    if steps < max(own[0].length[2], published[0].length[2]):  # nothing is evaluated by then but what began
+    if steps < max(own[0].length[2], published[0].length[2]):  # one has no evaluation but that of step 0
         return "-"
     values, digits = {"return": (final_returns, 0), "LCA": (lcas, 3)}[measure]
     ours, theirs = (values(cut(runs, steps)) for runs in (own, published))

@@ -311,8 +311,8 @@ def test_it_trains_with_the_recipe_unless_told_otherwise():
 
 
 def test_runs_are_named_by_what_differs_from_the_paper():
-    def name(**changes) -> str:
-        return dst_td3.run_name(dst_td3.resolve(HighSparsityArguments(**{"env": "Ant-v4"} | changes)))
+    def name(env: str = "Ant-v4", **changes) -> str:
+        return dst_td3.run_name(dst_td3.resolve(HighSparsityArguments(env=env, **changes)))
 
     parts = "recycle-dormant=True_updates-per-step=2_step-exponent=0.5"
     assert name(sparsity=0.9) == f"ds-td3_sparsity=0.9_drop-by=contribution_{parts}"

@@ -201,10 +201,14 @@ def test_the_front_table_is_what_the_results_say(row):
 SPEEDS = table(README, "| agent |")
 
 
+def speeds_of(row: dict[str, str], file: str) -> dict[str, str]:
+    """Return the row of a benchmark's file that measured the agent of a page's row."""
+    return benchmark(file)[{"TD3, compiled here": "td3, compiled"}.get(row["agent"], row["agent"].lower())]
+
+
 @pytest.mark.parametrize("row", SPEEDS, ids=lambda row: row["agent"])
 def test_the_table_of_speeds_is_what_the_benchmark_measured(row):
-    measured = benchmark("end_to_end.csv")
-    speeds = measured[{"TD3, compiled here": "td3, compiled"}.get(row["agent"], row["agent"].lower())]
+    speeds = speeds_of(row, "end_to_end.csv")
     assert row["steps/s"] == f"{float(speeds['steps_per_second']):,.0f}"
     for peer in ("RLtools", "Stable-Baselines3", "SBX"):
         assert is_times(row[f"over {peer}"], float(speeds[f"speedup_over_{peer.lower()}"]))
@@ -240,12 +244,10 @@ def test_speedups_on_each_processor_are_those_measured(row):
     }.items(),
 )
 def test_speeds_over_rltools_are_those_measured(column, file):
-    measured = benchmark(file)
     first, *rows = table(TEXT["docs/benchmarks.md"], "| agent | Zen 5")
-    assert first[column] == f"{float(measured['rltools']['steps_per_second']):,.0f}"
+    assert first[column] == f"{float(benchmark(file)['rltools']['steps_per_second']):,.0f}"
     for row in rows:
-        speeds = measured[{"TD3, compiled here": "td3, compiled"}.get(row["agent"], row["agent"].lower())]
-        assert is_times(row[column], float(speeds["speedup_over_rltools"]))
+        assert is_times(row[column], float(speeds_of(row, file)["speedup_over_rltools"]))
 
 
 def test_the_table_of_high_sparsity_is_the_notebooks():
