@@ -62,7 +62,7 @@ from dst_td3 import Layer
 from high_sparsity import DORMANT
 
 FOUR_TASKS = TASKS[:4]  # without Humanoid, on which a TD3 that fails makes quotients as large as one likes
-HALFCHEETAH = TASKS[0]
+HALFCHEETAH, WALKER2D = TASKS[:2]
 # SAC and DS-SAC (Tables 3 to 5).
 PAPER_SAC_LCA = {
     "HalfCheetah-v4": (1.6229, 1.7081),
@@ -80,16 +80,26 @@ PAPER_SAC_RETURN = {
 }
 RECIPE = {"step-exponent": "0.5", "updates-per-step": "2", "recycle-dormant": "True"}
 ADAPTING_RECIPE = RECIPE | {"drop-by": "contribution"}
-HIGH_SPARSITY = {  # method, options, environments
-    "DS-TD3, the paper's settings": ("ds-td3", {}, FOUR_TASKS),
-    "DS-TD3, 0.9, the paper's settings otherwise": ("ds-td3", {"sparsity": "0.9"}, FOUR_TASKS),
-    "DS-TD3, 0.95, the paper's settings otherwise": ("ds-td3", {"sparsity": "0.95"}, FOUR_TASKS),
-    "DS-TD3, 0.9, recipe": ("ds-td3", {"sparsity": "0.9"} | ADAPTING_RECIPE, FOUR_TASKS),
-    "DS-TD3, 0.95, recipe": ("ds-td3", {"sparsity": "0.95"} | ADAPTING_RECIPE, FOUR_TASKS),
-    "Static-TD3, 0.9, recipe": ("static-td3", {"sparsity": "0.9"} | RECIPE, FOUR_TASKS),
-    "DS-TD3, 0.9, recipe, but dropped by magnitude": ("ds-td3", {"sparsity": "0.9"} | RECIPE, FOUR_TASKS),
-    "TD3, recipe": ("td3", RECIPE, FOUR_TASKS[:2]),
-    "TD3, width 77, recipe": ("td3", {"hidden": "77,77"} | RECIPE, FOUR_TASKS[:1]),
+
+
+def on_four_tasks(options: dict[str, str], own: dict[str, dict[str, str]] | None = None) -> dict[str, dict[str, str]]:
+    """Return options for each of the four tasks: the shared ones, and some of its ``own``."""
+    return {env: options | (own or {}).get(env, {}) for env in FOUR_TASKS}
+
+
+THREE_STEPS = {WALKER2D: {"n-step": "3"}}
+HIGH_SPARSITY = {  # method, options on each task
+    "DS-TD3, the paper's settings": ("ds-td3", on_four_tasks({})),
+    "DS-TD3, 0.9, the paper's settings otherwise": ("ds-td3", on_four_tasks({"sparsity": "0.9"})),
+    "DS-TD3, 0.95, the paper's settings otherwise": ("ds-td3", on_four_tasks({"sparsity": "0.95"})),
+    "DS-TD3, 0.9, recipe": ("ds-td3", on_four_tasks({"sparsity": "0.9"} | ADAPTING_RECIPE, THREE_STEPS)),
+    "DS-TD3, 0.95, recipe": ("ds-td3", on_four_tasks({"sparsity": "0.95"} | ADAPTING_RECIPE, THREE_STEPS)),
+    "DS-TD3, 0.9, recipe, but targets of one step": ("ds-td3", {WALKER2D: {"sparsity": "0.9"} | ADAPTING_RECIPE}),
+    "DS-TD3, 0.95, recipe, but targets of one step": ("ds-td3", {WALKER2D: {"sparsity": "0.95"} | ADAPTING_RECIPE}),
+    "Static-TD3, 0.9, recipe": ("static-td3", on_four_tasks({"sparsity": "0.9"} | RECIPE)),
+    "DS-TD3, 0.9, recipe, but dropped by magnitude": ("ds-td3", on_four_tasks({"sparsity": "0.9"} | RECIPE)),
+    "TD3, recipe": ("td3", {HALFCHEETAH: RECIPE, WALKER2D: RECIPE}),
+    "TD3, width 77, recipe": ("td3", {HALFCHEETAH: {"hidden": "77,77"} | RECIPE}),
 }
 SETTINGS = [  # where it is shown, environment, method, options
     *(("Figure 1, Tables 1 and 2", env, method, {}) for env in TASKS for method in METHODS),
@@ -98,8 +108,8 @@ SETTINGS = [  # where it is shown, environment, method, options
     *(("Tables 3 to 5", env, method, {}) for env in TASKS for method in SAC_METHODS),
     *(
         ("Figure 5", env, method, options)
-        for method, options, environments in HIGH_SPARSITY.values()
-        for env in environments
+        for method, settings in HIGH_SPARSITY.values()
+        for env, options in settings.items()
         if options
     ),
 ]
@@ -646,10 +656,16 @@ def seconds_and_bytes(results: Results) -> Plot:
     return Plot("seconds_and_bytes", figure)
 
 
+def select_setting(results: Results, setting: str, env: str) -> list[Run]:
+    """Return the finished runs of a setting in an environment, in the order of their seeds."""
+    method, settings = HIGH_SPARSITY[setting]
+    return results.select(env, method, settings[env]) if env in settings else []
+
+
 def returns_and_dense(results: Results, setting: str, tasks: Sequence[str]) -> list[np.ndarray]:
     """Return the final returns of a setting in each environment, then those of dense TD3."""
-    method, options, _ = HIGH_SPARSITY[setting]
-    return [final_returns(results.select(env, m, o)) for m, o in ((method, options), ("td3", {})) for env in tasks]
+    ours = [final_returns(select_setting(results, setting, env)) for env in tasks]
+    return ours + [final_returns(results.select(env, "td3")) for env in tasks]
 
 
 def with_seeds(samples: list[np.ndarray]) -> str:
@@ -686,8 +702,10 @@ def high_sparsity_seeds(results: Results) -> Table:
     dense = {env: final_returns(results.select(env, "td3")) for env in FOUR_TASKS}
     targets = {env: returns.mean() if len(returns) else math.inf for env, returns in dense.items()}
     rows = []
-    for setting, (method, options, _) in {"TD3": ("td3", {}, FOUR_TASKS), **HIGH_SPARSITY}.items():
-        cells = {env: each_seed(results.select(env, method, options), targets[env]) for env in FOUR_TASKS}
+    runs = {"TD3": {env: results.select(env, "td3") for env in FOUR_TASKS}}
+    runs |= {setting: {env: select_setting(results, setting, env) for env in FOUR_TASKS} for setting in HIGH_SPARSITY}
+    for setting, selected in runs.items():
+        cells = {env: each_seed(selected[env], targets[env]) for env in FOUR_TASKS}
         if set(cells.values()) != {"-"}:
             rows.append({"setting": setting, **cells})
     caption = (
@@ -703,19 +721,18 @@ def plot_against_sparsity(axes: Axes, results: Results) -> None:
     for label, settings, marker, colour, shift in (  # those of the same sparsity stand side by side
         ("DS-TD3, the paper's settings", names[:3], "o", COLOURS["DS-TD3"], 0.0),
         ("DS-TD3, recipe", names[3:5], "s", GREEN, 0.02),
-        ("Static-TD3, recipe", names[5:6], "^", COLOURS["Static-TD3"], -0.02),
-        ("DS-TD3, recipe, dropped by magnitude", names[6:7], "v", PINK, -0.04),
+        ("Static-TD3, recipe", ["Static-TD3, 0.9, recipe"], "^", COLOURS["Static-TD3"], -0.02),
+        ("DS-TD3, recipe, dropped by magnitude", ["DS-TD3, 0.9, recipe, but dropped by magnitude"], "v", PINK, -0.04),
     ):
         points = []
         for setting in settings:
-            method, options, _ = HIGH_SPARSITY[setting]
             shared = [env for env in FOUR_TASKS if min(map(len, returns_and_dense(results, setting, [env])))]
             if not shared:
                 continue
             samples = returns_and_dense(results, setting, shared)
             value = mean_quotient(*samples)
             low, high = t_interval(samples, mean_quotient) if min(map(len, samples)) >= LEAST_SEEDS else (value, value)
-            runs = [run for env in shared for run in results.select(env, method, options)]
+            runs = [run for env in shared for run in select_setting(results, setting, env)]
             at = np.mean([run.summary["sparsity"] for run in runs]) + shift
             points.append((at, value, value - low, high - value))
             if len(shared) < len(FOUR_TASKS):
@@ -737,12 +754,12 @@ def plot_against_sparsity(axes: Axes, results: Results) -> None:
         axes.legend(loc="lower left")
 
 
-TIMED = {  # whose curve at whose speed, as the benchmark calls it, and its colour
-    "TD3 at RLtools' speed": ("td3", {}, "rltools", COLOURS["TD3"]),
-    "DS-TD3, the paper's settings": ("ds-td3", {}, "ds-td3, sparsity 0.5", COLOURS["DS-TD3"]),
-    "DS-TD3, 0.9, recipe": (*HIGH_SPARSITY["DS-TD3, 0.9, recipe"][:2], "ds-td3, sparsity 0.9, recipe", GREEN),
-    "DS-TD3, 0.95, recipe": (*HIGH_SPARSITY["DS-TD3, 0.95, recipe"][:2], "ds-td3, sparsity 0.95, recipe", PINK),
-    "TD3, width 77, recipe": (*HIGH_SPARSITY["TD3, width 77, recipe"][:2], "td3, width 77, recipe", SKY),
+TIMED = {  # on HalfCheetah: a setting, whose speed by the benchmark's name, and its colour
+    "TD3 at RLtools' speed": ("rltools", COLOURS["TD3"]),
+    "DS-TD3, the paper's settings": ("ds-td3, sparsity 0.5", COLOURS["DS-TD3"]),
+    "DS-TD3, 0.9, recipe": ("ds-td3, sparsity 0.9, recipe", GREEN),
+    "DS-TD3, 0.95, recipe": ("ds-td3, sparsity 0.95, recipe", PINK),
+    "TD3, width 77, recipe": ("td3, width 77, recipe", SKY),
 }
 
 
@@ -770,8 +787,8 @@ def figure_5(results: Results) -> tuple[Plot, Table]:
     left, right = figure.subplots(1, 2)
     plot_against_sparsity(left, results)
     dense, rows = results.select(HALFCHEETAH, "td3"), []
-    for label, (method, options, implementation, colour) in TIMED.items():
-        selected = results.select(HALFCHEETAH, method, options)
+    for label, (implementation, colour) in TIMED.items():
+        selected = select_setting(results, label, HALFCHEETAH) if label in HIGH_SPARSITY else dense
         if not selected or implementation not in speeds:
             continue
         minutes = learning_curves(selected).index * speeds[implementation] / 1e6 / 60
