@@ -149,7 +149,7 @@ def read_run(folder: Path) -> Run:
     summary = json.loads((folder / "summary.json").read_text()) if (folder / "summary.json").exists() else None
     if summary is not None:
         check_finished(summary, **tables)
-    _, options = split_name(folder.parent.name)
+    _, options = split_name(config.get("name", folder.parent.name))  # older runs have no other
     return Run(
         folder=folder,
         env=arguments["env"],

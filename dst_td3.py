@@ -973,13 +973,15 @@ def run_name(args: Arguments) -> str:
                 value = ",".join(f"{key}={json.dumps(v)}" for key, v in json.loads(value).items()).replace("/", "-")
             value = ",".join(f"{v:g}" for v in value) if isinstance(value, tuple) else value
             name += f"_{field.replace('_', '-')}={value.stem if isinstance(value, Path) else value}"
-    encoded = os.fsencode(name)  # of which file systems take at most 255 bytes
-    return name if len(encoded) <= 200 else f"{encoded[:190].decode(errors='ignore')}_{zlib.crc32(encoded):x}"
+    return name
 
 
 def run_directory(args: Arguments) -> Path:
-    """Return the folder of a run of resolved arguments."""
-    run, env = Path(run_name(args), f"seed{args.seed}"), args.env.replace("/", "-")
+    """Return the folder of a run of resolved arguments; a long name is cut, and whole in config.json."""
+    name, env = run_name(args), args.env.replace("/", "-")
+    encoded = os.fsencode(name)  # of which file systems take at most 255 bytes
+    cut = name if len(encoded) <= 200 else f"{encoded[:190].decode(errors='ignore')}_{zlib.crc32(encoded):x}"
+    run = Path(cut, f"seed{args.seed}")
     former = args.results_dir / env / run  # a colon is not for paths, but older folders have it
     return former if os.path.exists(former) else args.results_dir / env.replace(":", "-") / run
 
@@ -1130,7 +1132,8 @@ class Run:
         """Note in config.json what the run is made with, and where it goes on with something else."""
         path, now = self.directory / "config.json", provenance()
         if not path.exists():
-            write_json(path, {"id": os.urandom(4).hex(), "arguments": arguments_to_store(self.args), **now})
+            names = {"id": os.urandom(4).hex(), "name": run_name(self.args)}
+            write_json(path, names | {"arguments": arguments_to_store(self.args), **now})
         with reported_as(InputError, f"{path} is damaged: move its folder away, or choose a --results-dir;"):
             config = json.loads(path.read_text())
             lists = ("evaluated_otherwise", "begun_otherwise", "resumed")
