@@ -45,6 +45,11 @@ GRID = (
     Row("fig4", "HalfCheetah-v4", "ds-td3 td3", begins_with=50),
     Row("fig4", "HalfCheetah-v4", "ds-td3 td3", begins_with=70),
     Row("fig5", "Walker2d-v4", "ds-td3", ("--sparsity 0.9", "--sparsity 0.95"), "high_sparsity.py"),
+    # As many connections in all as RLx2 keeps (arXiv 2205.15043).
+    Row("fig5", "HalfCheetah-v4", "ds-td3", ("--sparsity 0.92 --critic-sparsity 0.853",), "high_sparsity.py"),
+    Row("fig5", "Walker2d-v4", "ds-td3", ("--sparsity 0.977 --critic-sparsity 0.961",), "high_sparsity.py"),
+    Row("fig5", "Hopper-v4", "ds-td3", ("--sparsity 0.985 --critic-sparsity 0.957",), "high_sparsity.py"),
+    Row("fig5", "Ant-v4", "ds-td3", ("--sparsity 0.969 --critic-sparsity 0.892",), "high_sparsity.py"),
     Row("fig5", FOUR, "ds-td3", ("--sparsity 0.9 --n-step 1", "--sparsity 0.95 --n-step 1"), "high_sparsity.py"),
     Row("fig5", FOUR, "ds-td3", ("--sparsity 0.9 --n-step 1 --drop-by magnitude",), "high_sparsity.py"),
     Row("fig5", FOUR, "static-td3", ("--sparsity 0.9 --n-step 1",), "high_sparsity.py"),

@@ -33,6 +33,12 @@ FIGURES = (
 FOUR = ("HalfCheetah-v4", "Walker2d-v4", "Hopper-v4", "Ant-v4")
 RECIPE = "recycle-dormant=True_updates-per-step=2_step-exponent=0.5"
 ADAPTING_RECIPE = f"drop-by=contribution_{RECIPE}"
+AS_RLX2 = (  # environment, sparsities of actor and critics, steps of targets in a run's name
+    ("HalfCheetah-v4", 0.92, 0.853, ""),
+    ("Walker2d-v4", 0.977, 0.961, "_n-step=3"),
+    ("Hopper-v4", 0.985, 0.957, ""),
+    ("Ant-v4", 0.969, 0.892, ""),
+)
 
 # A run of a few seconds that still evaluates, adapts, prunes targets and writes checkpoints several times.
 SHORT = (

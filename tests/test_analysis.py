@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from running import ADAPTING_RECIPE, FIGURES, FOUR, RECIPE, read_table, run_here
+from running import ADAPTING_RECIPE, AS_RLX2, FIGURES, FOUR, RECIPE, read_table, run_here
 from scipy import stats
 
 import analysis
@@ -40,6 +40,7 @@ HIGH_SPARSITY = {
     f"ds-td3_sparsity=0.95_{ADAPTING_RECIPE}": FOUR,
     f"ds-td3_sparsity=0.9_{ADAPTING_RECIPE}_n-step=3": FOUR[1:2],
     f"ds-td3_sparsity=0.95_{ADAPTING_RECIPE}_n-step=3": FOUR[1:2],
+    **{f"ds-td3_sparsity={a}_{ADAPTING_RECIPE}{n}_critic-sparsity={c}": [env] for env, a, c, n in AS_RLX2},
     f"ds-td3_sparsity=0.9_{RECIPE}": FOUR,
     f"static-td3_sparsity=0.9_{RECIPE}": FOUR,
     f"td3_{RECIPE}": FOUR[:2],
@@ -455,7 +456,7 @@ def test_dormant_units_are_counted_with_their_connections(whole):
 
 def test_whole_results_leave_no_remark(whole):
     coverage = whole[0]["coverage"]
-    assert len(coverage) == 15 + 3 + 3 + 4 + 10 + 29
+    assert len(coverage) == 15 + 3 + 3 + 4 + 10 + 33
     assert {(row["seeds"], row["steps"], row["remark"]) for row in coverage} == {("5", "1,000,000", "")}
     assert "unfinished" not in whole[0]
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 from gymnasium.wrappers import TimeLimit
-from running import ADAPTING_RECIPE, FIGURES, FOUR, RECIPE, run_here
+from running import ADAPTING_RECIPE, AS_RLX2, FIGURES, FOUR, RECIPE, run_here
 
 import campaign
 import dst_sac
@@ -162,6 +162,8 @@ def test_list_covers_the_papers_grid_once():
     expected |= {(env, method, f"_sparsity=0.9{recipe}") for env in FOUR for method in ("ds-td3", "static-td3")}
     three = f"_{ADAPTING_RECIPE}_n-step=3"
     expected |= {("Walker2d-v4", "ds-td3", f"_sparsity={s}{three}") for s in (0.9, 0.95)}
+    as_rlx2 = {(env, f"_sparsity={a}_{ADAPTING_RECIPE}{n}_critic-sparsity={c}") for env, a, c, n in AS_RLX2}
+    expected |= {(env, "ds-td3", name) for env, name in as_rlx2}
     expected |= {(env, "td3", recipe) for env in (cheetah, "Walker2d-v4")}
     expected |= {(cheetah, "td3", f"_hidden=77,77{recipe}")}
     found = [(a.env, a.method, dst_td3.run_name(a).removeprefix(a.method), a.seed) for a in listed]
@@ -178,6 +180,27 @@ def test_list_covers_the_papers_grid_once():
 
 
 @pytest.mark.parametrize(
+    ("env", "actor", "critics"),
+    [
+        ("HalfCheetah-v4", 0.9, 0.85),
+        ("Walker2d-v4", 0.97, 0.95),
+        ("Hopper-v4", 0.98, 0.95),
+        ("Ant-v4", 0.96, 0.88),
+    ],
+)
+def test_runs_as_sparse_as_rlx2_have_no_more_connections(env, actor, critics):
+    """RLx2's sparsities count the output layers; its page and results/rules.md have these."""
+    (args,) = [
+        a for a in commands("--only", "fig5", "--only", env, "--seeds", 1) if getattr(a, "critic_sparsity", None)
+    ]
+    made = dst_td3.make_environment(env)
+    sizes, kept = dst_td3.network_sizes(made, args), dst_td3.count_costs(made, args)["connections"]
+    all_of_actor, all_of_critic = (sum(dst_td3.count_connections(widths)) for widths, _ in sizes)
+    theirs = all_of_actor * (1 - actor) + 2 * all_of_critic * (1 - critics)
+    assert 0.99 * theirs < kept <= theirs
+
+
+@pytest.mark.parametrize(
     ("only", "count"),
     [
         (["fig1"], 15),
@@ -185,10 +208,10 @@ def test_list_covers_the_papers_grid_once():
         (["fig2"], 5),
         (["fig3"], 4),
         (["fig4"], 6),
-        (["fig5"], 37),
+        (["fig5"], 41),
         (["fig5", "static-td3"], 4),
         (["appendix"], 10),
-        (["Hopper-v4"], 11),
+        (["Hopper-v4"], 12),
         (["static-td3"], 9),
         (["fig1", "Hopper-v4"], 3),
         (["fig4", "td3"], 3),
@@ -218,7 +241,7 @@ def test_quick_results_stay_apart():
 
 def test_list_estimates_the_time_from_finished_runs(monkeypatch, tmp_path):
     _, _, unknown = run_campaign("--list", "--results-dir", tmp_path)
-    assert "320 runs of 1000000 steps, 320 of them not finished" in unknown and unknown.count("unknown") == 2
+    assert "340 runs of 1000000 steps, 340 of them not finished" in unknown and unknown.count("unknown") == 2
 
     def finish(run: str, training_seconds: float) -> None:
         (tmp_path / run).mkdir(parents=True)
@@ -227,24 +250,24 @@ def test_list_estimates_the_time_from_finished_runs(monkeypatch, tmp_path):
 
     finish("Hopper-v4/td3/seed0", 3000.0)
     _, _, estimate = run_campaign("--list", "--results-dir", tmp_path)
-    assert "319 of them not finished" in estimate
-    assert "TD3: about 270.0 core-hours for all 270, 269.0 for the 269 missing ones (by 1 finished run" in estimate
+    assert "339 of them not finished" in estimate
+    assert "TD3: about 290.0 core-hours for all 290, 289.0 for the 289 missing ones (by 1 finished run" in estimate
     assert "SAC: no run of half as many steps is finished" in estimate
     # SAC's runs have costs of their own.
     finish("Hopper-v4/ds-sac_sparsity=0.5/seed0", 6600.0)
     _, _, estimate = run_campaign("--list", "--results-dir", tmp_path)
-    assert "TD3: about 270.0 core-hours for all 270, 269.0 for" in estimate
+    assert "TD3: about 290.0 core-hours for all 290, 289.0 for" in estimate
     assert "SAC: about 100.0 core-hours for all 50, 100.0 for the 50 missing ones (by 1 finished run" in estimate
     # Where a setting has finished runs, they tell of it, and all together of the others.
     finish("Humanoid-v4/td3/seed0", 10200.0)
     _, _, estimate = run_campaign("--list", "--results-dir", tmp_path)
-    hours = {"Hopper-v4 td3": 5 * 1, "Humanoid-v4 td3": 5 * 3, "all others": 260 * 2}
-    assert f"TD3: about {sum(hours.values()):.1f} core-hours for all 270, {sum(hours.values()) - 4:.1f} for" in estimate
+    hours = {"Hopper-v4 td3": 5 * 1, "Humanoid-v4 td3": 5 * 3, "all others": 280 * 2}
+    assert f"TD3: about {sum(hours.values()):.1f} core-hours for all 290, {sum(hours.values()) - 4:.1f} for" in estimate
     # A folder that knows nothing is told by the results that come with the repository, of runs of another length too.
     monkeypatch.setattr(campaign, "PUBLISHED", tmp_path)
     _, _, estimate = run_campaign("--list", "--steps", 500_000, "--results-dir", tmp_path / "empty")
     half = sum(hours.values()) / 2
-    assert f"TD3: about {half:.1f} core-hours for all 270, {half:.1f} for the 270 missing ones (by 2 fini" in estimate
+    assert f"TD3: about {half:.1f} core-hours for all 290, {half:.1f} for the 290 missing ones (by 2 fini" in estimate
     assert f"runs in {tmp_path}, each" in estimate
 
 
@@ -253,9 +276,9 @@ def test_list_knows_where_each_run_is(tmp_path):
     for args in commands(*options[1:]):
         run_directory(args).mkdir(parents=True)
         (run_directory(args) / "summary.json").write_text("{}")
-    assert "64 runs of 1000000 steps, 0 of them not finished" in run_campaign(*options)[2]
+    assert "68 runs of 1000000 steps, 0 of them not finished" in run_campaign(*options)[2]
     # A run of another length has a directory of its own.
-    assert "64 runs of 300000 steps, 64 of them not finished" in run_campaign(*options, "--steps", 300_000)[2]
+    assert "68 runs of 300000 steps, 68 of them not finished" in run_campaign(*options, "--steps", 300_000)[2]
 
 
 def test_list_comes_even_where_a_run_is_damaged(tmp_path):
@@ -305,7 +328,7 @@ def test_results_may_lie_in_a_folder_with_spaces(tmp_path):
         (["--slurm-options"], "--slurm-options: expected one argument"),
         (["--slurm-options", "--time='1"], "--slurm-options: invalid split value"),
         (["--results-dir", "/proc/nowhere"], "cannot write to /proc/nowhere"),
-        (["--line", "321"], "--line must be at most 320"),
+        (["--line", "341"], "--line must be at most 340"),
         (["--fast"], "unrecognized arguments: --fast"),
         (["fig1"], "unrecognized arguments: fig1"),
         (["--env", "Ant-v4"], "--env and arguments after -- are for a --program"),
