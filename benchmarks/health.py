@@ -1,13 +1,15 @@
-"""Looks into TD3 agents: are their values right, their actions saturated, their units dead? Prints a CSV row for each.
+"""Looks into TD3 agents: are values right, actions saturated, units silent? Prints a CSV row for each.
 
 usage: python benchmarks/health.py FILE ..., each the policy.npz of a finished run of dst_td3.py, or a copy of the
 checkpoint.npz that a run has in its folder until it ends, which has the critics too. An agent plays episodes
 without noise from the start states of its evaluations.
 
-- saturated: share of the actions within 1% of half the range from a bound
+- saturated: share of the actions' components within 1% of half the range from a bound
 - pre-activation: median magnitude of what the actor's tanh is given
-- dead: share of a hidden layer's units that no state played activates
-- value: of the smaller critic, mean over the states whose discounted return is known, and that return's mean
+- observation: median Euclidean norm
+- silent: share of units that no state played activates, in each hidden layer
+- value: what the smaller critic says, and discounted return, both means over all states played but the last 500 of an
+  episode that the time limit ended
 """
 
 import argparse
@@ -116,7 +118,7 @@ def play(agent: Agent, episodes: int) -> Played:
     return Played(torch.stack(observations), np.concatenate(discounted), returns, lengths)
 
 
-def dead_units(layers: list[Layer], x: Tensor) -> str:
+def silent_units(layers: list[Layer], x: Tensor) -> str:
     """Return the share of units in each hidden layer that no row of ``x`` [batch, inputs] activates."""
     shares = []
     for layer in layers[:-1]:
@@ -139,8 +141,9 @@ def examine(path: Path, episodes: int) -> dict[str, object]:
         "length": f"{np.mean(played.lengths):.0f}",
         "saturated": f"{(before_tanh.tanh().abs() > 0.99).float().mean():.2f}",
         "pre-activation": f"{before_tanh.abs().median():.1f}",
-        "dead, actor": dead_units(agent.actor, played.observations),
-        "dead, critics": "",
+        "observation": f"{played.observations.norm(dim=-1).median():.0f}",
+        "silent, actor": silent_units(agent.actor, played.observations),
+        "silent, critics": "",
         "value": "",
         "discounted return": "",
     }
@@ -148,7 +151,7 @@ def examine(path: Path, episodes: int) -> dict[str, object]:
         actions = policy(agent.actor, played.observations, agent.low, agent.high)
         inputs, known = torch.cat([played.observations, actions], dim=-1), ~np.isnan(played.discounted)
         values = forward(agent.critics, inputs).amin(dim=0)[:, 0].numpy()
-        row["dead, critics"] = dead_units(agent.critics, inputs)
+        row["silent, critics"] = silent_units(agent.critics, inputs)
         row["value"], row["discounted return"] = f"{values[known].mean():.1f}", f"{played.discounted[known].mean():.1f}"
     return row
 

@@ -22,11 +22,11 @@ def test_discounted_returns_are_known_unless_a_time_limit_comes_too_soon():
     assert np.isfinite(cut[:2]).all() and np.isnan(cut[2:]).all() and cut[0] == pytest.approx(100, rel=0.01)
 
 
-def test_a_unit_is_dead_if_no_state_activates_it():
+def test_a_unit_is_silent_if_no_state_activates_it():
     weight = torch.tensor([[1.0, -1.0, -1.0, 0.0]])
     layer = dst_td3.Layer(weight, torch.ones_like(weight), torch.tensor([[0.0, 0.0, 3.0, -1.0]]))
     last = dst_td3.Layer(torch.ones(4, 1), torch.ones(4, 1), torch.zeros(1, 1))
-    assert health.dead_units([layer, last], torch.tensor([[1.0], [2.0]])) == "0.50"
+    assert health.silent_units([layer, last], torch.tensor([[1.0], [2.0]])) == "0.50"
 
 
 def test_a_dense_humanoid_acts_at_the_bounds_and_a_sparse_one_less():
@@ -50,5 +50,5 @@ def test_a_checkpoint_tells_of_values_too(command_line, tmp_path):
     (tmp_path / "copy.npz").write_bytes(kept[0])
     row = health.examine(tmp_path / "copy.npz", episodes=1)
     final = health.examine(run_directory(tmp_path) / "policy.npz", episodes=1)
-    assert row["step"] <= final["step"] == 2000 and len(row["dead, critics"].split()) == 2
+    assert row["step"] <= final["step"] == 2000 and len(row["silent, critics"].split()) == 2
     assert np.isfinite([float(row["value"]), float(row["discounted return"])]).all()
