@@ -1,6 +1,7 @@
 """What several test files share about runs: making them here or in a process of their own, and reading them."""
 
 import csv
+import importlib.util
 import inspect
 import io
 import json
@@ -53,6 +54,15 @@ UNMADE = "cannot be made (the paper's are HalfCheetah-v4, Hopper-v4, Walker2d-v4
 REPEATED = ("evaluations.csv", "topology.csv", "policy.npz")
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch has no GPU to use here")
+
+
+def imported(path: str):
+    """Import a program by its path from the root, such as ``examples/rigl.py``."""
+    path = Path(dst_td3.__file__).parent / path
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def run_here(main: Callable, program: str, *arguments: object) -> tuple[int, str, str]:

@@ -1,19 +1,16 @@
 """``benchmarks/health.py``: what it says of values, actions and units."""
 
-import importlib.util
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from running import SHORT, run_directory
+from running import SHORT, imported, run_directory
 
 import dst_td3
 
 ROOT = Path(dst_td3.__file__).parent
-spec = importlib.util.spec_from_file_location("health", ROOT / "benchmarks" / "health.py")
-health = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(health)
+health = imported("benchmarks/health.py")
 
 
 def test_discounted_returns_are_known_unless_a_time_limit_comes_too_soon():

@@ -46,9 +46,8 @@ def null(ours: list[float], theirs: list[float]) -> dict[float, float]:
     return {count: counts.count(count) / len(counts) for count in set(counts)}
 
 
-def recompute(tasks: list[tuple[list[float], list[float]]]) -> tuple[list[float], list[float]]:
-    """Return the probability of improvement with its bootstrap interval, and the exact test's p, one- and two-sided."""
-    shares = [wins(*task) / len(task[0]) / len(task[1]) for task in tasks]
+def bootstrap_interval(tasks: list[tuple[list[float], list[float]]]) -> list[float]:
+    """Return the bounds of the probability of improvement, seeds drawn anew within each task and method."""
     generator, resampled = random.Random(1), []
     above = [[[wins([a], [b]) for b in theirs] for a in ours] for ours, theirs in tasks]
     for _ in range(10_000):
@@ -59,6 +58,11 @@ def recompute(tasks: list[tuple[list[float], list[float]]]) -> tuple[list[float]
             total += sum(row[column] for row in rows for column in columns) / len(rows) / len(columns)
         resampled.append(total / len(tasks))
     resampled.sort()
+    return [resampled[249], resampled[9749]]
+
+
+def exact_test(tasks: list[tuple[list[float], list[float]]], seen: float) -> list[float]:
+    """Return how likely shares of wins that add up to what is ``seen`` or more are by chance, one- and two-sided."""
     together = {0.0: 1.0}
     for task in tasks:
         step, chances = null(*task), {}
@@ -66,9 +70,14 @@ def recompute(tasks: list[tuple[list[float], list[float]]]) -> tuple[list[float]
             share = sum_so_far + count / len(task[0]) / len(task[1])
             chances[round(share, 9)] = chances.get(round(share, 9), 0.0) + p * q
         together = chances
-    above, below = (sum(p for share, p in together.items() if sign * (share - sum(shares)) > -1e-6) for sign in (1, -1))
-    interval = [resampled[249], resampled[9749]]
-    return [sum(shares) / len(shares), *interval], [above, min(1.0, 2 * min(above, below))]
+    above, below = (sum(p for share, p in together.items() if sign * (share - seen) > -1e-6) for sign in (1, -1))
+    return [above, min(1.0, 2 * min(above, below))]
+
+
+def recompute(tasks: list[tuple[list[float], list[float]]]) -> tuple[list[float], list[float]]:
+    """Return the probability of improvement with its bootstrap interval, and the exact test's p, one- and two-sided."""
+    shares = [wins(*task) / len(task[0]) / len(task[1]) for task in tasks]
+    return [sum(shares) / len(shares), *bootstrap_interval(tasks)], exact_test(tasks, sum(shares))
 
 
 def assert_agrees(shown: list[float], tasks: list[tuple[list[float], list[float]]], digits: float) -> None:

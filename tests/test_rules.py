@@ -1,9 +1,6 @@
 """Topology rules of one's own: ``TD3.scores``, which both engines ask and follow alike; RigL's and RLx2's by it."""
 
 import dataclasses
-import importlib.util
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,23 +8,13 @@ import torch
 from engines import DEFAULTS, Pair, case, make_agent, random_buffer, train
 from hypothesis import given
 from hypothesis import strategies as st
-from running import SHORT, rows_of, run_directory
+from running import SHORT, imported, rows_of, run_directory
 from test_topology import per_network, random_layer, seeds, shapes
 
 import dst_td3
 from dst_td3 import TD3, Arguments, MaskedEngine, drop_and_grow
 
-
-def example(name: str):
-    """Import a program of ``examples/``."""
-    path = Path(dst_td3.__file__).parent / "examples" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-rigl, rlx2 = example("rigl"), example("rlx2")
+rigl, rlx2 = imported("examples/rigl.py"), imported("examples/rlx2.py")
 RULES = ("drop", "growth", "both")
 
 
