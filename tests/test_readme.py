@@ -9,6 +9,7 @@ import shlex
 import statistics
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import tyro
 from running import ADAPTING_RECIPE, RECIPE, read_table
@@ -253,6 +254,22 @@ def test_speeds_over_rltools_are_those_measured(column, file):
 def test_the_table_of_high_sparsity_is_the_notebooks():
     notebooks = (RESULTS / "tables" / "high_sparsity.md").read_text()
     assert notebooks[notebooks.index("| setting |") :].strip() in TEXT["docs/high-sparsity.md"]
+
+
+def test_numbers_of_single_runs_are_those_recorded():
+    """Means of 100,000 steps; the rest of a cell says of which run."""
+    runs = pd.read_csv(RESULTS / "high-sparsity.csv")
+    returns = runs[[column for column in runs if column.isdigit()]]
+    means = {f"{mean:,.0f}" for last in (30, 50, 100) for mean in returns.iloc[:, last - 10 : last].mean(axis=1)}
+    text = TEXT["docs/high-sparsity.md"]
+    single = text[text.index("### What helped") : text.index("### Beside RLx2")]
+    numbers = set()
+    for start in ("| change | task, sparsity", "| change | HalfCheetah", "| change | task | without"):
+        for row in table(single, start):
+            cells = [row[column] for column in row if column not in ("change", "task", "task, sparsity")]
+            numbers |= {number for cell in cells for number in re.findall(r"[\d,]+\b", re.sub(r"\(.*?\)", "", cell))}
+    published = {"3,299", "1,868"}  # finished runs, in the table of seeds
+    assert len(numbers) > 70 and numbers - published <= means, numbers - means
 
 
 def test_the_verdicts_are_the_notebooks():
