@@ -94,13 +94,20 @@ RLX2 = {  # sparsities of the hidden layers that keep as many connections in all
     HOPPER: {"sparsity": "0.985", "critic-sparsity": "0.957"},
     ANT: {"sparsity": "0.969", "critic-sparsity": "0.892"},
 }
+RLX2_PAPER = {  # sparsities of actor and critics, output layers included; return over dense TD3's, in its paper
+    HALFCHEETAH: ("0.90, 0.85", 0.998),
+    WALKER2D: ("0.97, 0.95", 0.981),
+    HOPPER: ("0.98, 0.95", 0.970),
+    ANT: ("0.96, 0.88", 1.039),
+}
+AS_RLX2 = "DS-TD3, as many connections as RLx2, recipe"
 HIGH_SPARSITY = {  # method, options on each task
     "DS-TD3, the paper's settings": ("ds-td3", on_four_tasks({})),
     "DS-TD3, 0.9, the paper's settings otherwise": ("ds-td3", on_four_tasks({"sparsity": "0.9"})),
     "DS-TD3, 0.95, the paper's settings otherwise": ("ds-td3", on_four_tasks({"sparsity": "0.95"})),
     "DS-TD3, 0.9, recipe": ("ds-td3", on_four_tasks({"sparsity": "0.9"} | ADAPTING_RECIPE, THREE_STEPS)),
     "DS-TD3, 0.95, recipe": ("ds-td3", on_four_tasks({"sparsity": "0.95"} | ADAPTING_RECIPE, THREE_STEPS)),
-    "DS-TD3, as many connections as RLx2, recipe": ("ds-td3", on_four_tasks(ADAPTING_RECIPE, RLX2)),
+    AS_RLX2: ("ds-td3", on_four_tasks(ADAPTING_RECIPE, RLX2)),
     "DS-TD3, 0.9, recipe, but targets of one step": ("ds-td3", on_four_tasks({"sparsity": "0.9"} | ADAPTING_RECIPE)),
     "DS-TD3, 0.95, recipe, but targets of one step": ("ds-td3", on_four_tasks({"sparsity": "0.95"} | ADAPTING_RECIPE)),
     "Static-TD3, 0.9, recipe": ("static-td3", on_four_tasks({"sparsity": "0.9"} | RECIPE)),
@@ -720,6 +727,35 @@ def high_sparsity_seeds(results: Results) -> Table:
         f"mean final return, where it did). {V4_NOTE}"
     )
     return Table("high_sparsity_seeds", caption, rows)
+
+
+def frontier(results: Results) -> Table:
+    """Return RLx2's frontier and, with no more connections in all, the returns, seconds and bytes of our agents."""
+    columns = ("environment", "implementation", "speedup_over_dense", "state_bytes")
+    measured, _ = read_benchmark(results, "frontier", columns)
+    costs = measured.set_index(["environment", "implementation"])
+    rows = []
+    for env, (sparsities, published) in RLX2_PAPER.items():
+        if not (selected := select_setting(results, AS_RLX2, env)):
+            continue
+        row = {"task": env, "RLx2's sparsities": sparsities, "RLx2's return over dense": f"{published:.2f}"}
+        summary = selected[0].summary
+        row["our connections"] = f"{summary['connections']:,} ({1 - summary['sparsity']:.1%})"
+        row["our return over dense"] = with_seeds(returns_and_dense(results, AS_RLX2, [env]))
+        row |= {"steps/s over dense": "-", "MB, dense": "-"}
+        if (env, "ds-td3, recipe") in costs.index:
+            ours, dense = (costs.loc[env, name] for name in ("ds-td3, recipe", "td3, compiled"))
+            row["steps/s over dense"] = f"{ours['speedup_over_dense']:.1f}x"
+            row["MB, dense"] = f"{ours['state_bytes'] / 1e6:.2f}, {dense['state_bytes'] / 1e6:.2f}"
+        rows.append(row)
+    caption = (
+        "**Beside RLx2**, whose actor and critics have as many connections together, in three million steps (ours: "
+    )
+    note = (
+        "one). Share of dense connections in brackets, then [95 % interval] (seeds); speed and the bytes of an agent's "
+    )
+    note += "state are measured on one core, beside our compiled dense TD3."
+    return Table("frontier", f"{caption}{note} {V4_NOTE}", rows)
 
 
 def plot_against_sparsity(axes: Axes, results: Results) -> None:

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +38,8 @@ import roofline  # noqa: E402
 
 import dst_sac  # noqa: E402
 import dst_td3  # noqa: E402
+import high_sparsity  # noqa: E402
+import report  # noqa: E402
 
 OBSERVATIONS, ACTIONS, BATCH = 17, 6, 100  # HalfCheetah-v4 and the paper's batch
 BOUNDS = (-np.ones(ACTIONS, np.float32), np.ones(ACTIONS, np.float32))
@@ -62,7 +64,8 @@ class Options:
     core: int | None = None
     """the core to run on, else the last one this process may use"""
     only: tuple[str, ...] = ()
-    """parts to run: updates, end_to_end, sac, step, inference, memory, kernels, layers, gpu; all if none is given"""
+    """parts to run, all if none is given: updates, end_to_end, frontier, sac, step, inference, memory, kernels, layers,
+    gpu"""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -213,13 +216,20 @@ def end_to_end(options: Options) -> str:
     return f"## Steps a second of training on HalfCheetah-v4, without evaluations\n\n{table}"
 
 
-def train_in_turn(options: Options, algorithm: str, ours: dict[str, tuple[str, ...]]) -> list[dict]:
-    """Return rows: steps a second of all libraries' ``algorithm`` and of ours, program and arguments given by name."""
+def training_speeds(
+    options: Options, ours: dict[str, tuple[str, ...]], peers: Sequence[list[str]] = ()
+) -> pd.DataFrame:
+    """Return steps a second, a row for each repeat: of ``peers`` with their arguments, and of our programs by name."""
     with ExitStack() as running:
-        steppers = {name: start_training(options.peers, [name, algorithm], running) for name in PEERS if options.peers}
+        steppers = {peer[0]: start_training(options.peers, peer, running) for peer in peers}
         for name, arguments in ours.items():
             steppers[name] = start_training(Path(sys.executable), list(arguments), running)
-        speeds = in_turn({name: step for name, step in steppers.items() if step}, options.repeats)
+        return in_turn({name: step for name, step in steppers.items() if step}, options.repeats)
+
+
+def train_in_turn(options: Options, algorithm: str, ours: dict[str, tuple[str, ...]]) -> list[dict]:
+    """Return rows: steps a second of all libraries' ``algorithm`` and of ours, program and arguments given by name."""
+    speeds = training_speeds(options, ours, [[name, algorithm] for name in PEERS if options.peers])
     rows = []
     for name in speeds:
         median = speeds[name].median()
@@ -228,6 +238,35 @@ def train_in_turn(options: Options, algorithm: str, ours: dict[str, tuple[str, .
             row[f"speedup_over_{library}"] = (speeds[name] / speeds[library]).median()
         rows.append(row)
     return rows
+
+
+def frontier(options: Options) -> str:
+    """Steps a second of training and bytes of agents with as many connections as RLx2's, beside dense ones."""
+    rows = []
+    for env, settings in report.RLX2.items():
+        changes = itertools.chain(*((f"--{name}", value) for name, value in settings.items()))
+        agents = {  # program, its arguments
+            "td3, compiled": (dst_td3.Arguments, ("--env", env, "--engine", "sparse", "--method", "td3")),
+            "ds-td3, recipe": (high_sparsity.HighSparsityArguments, ("--env", env, "--engine", "sparse", *changes)),
+        }
+        programs = {name: (kind.__module__, *arguments) for name, (kind, arguments) in agents.items()}
+        speeds = training_speeds(options, programs)
+        for name, (kind, arguments) in agents.items():
+            run = dst_td3.Run(dst_td3.resolve(tyro.cli(kind, args=arguments)))
+            rows.append(
+                {
+                    "environment": env,
+                    "implementation": name,
+                    "connections": run.costs["connections"],
+                    "steps_per_second": speeds[name].median(),
+                    "speedup_over_dense": (speeds[name] / speeds["td3, compiled"]).median(),
+                    "state_bytes": state_bytes(run.agent),
+                }
+            )
+    table = written(options, "frontier", rows)
+    return (
+        f"## Training with as many connections as RLx2, without evaluations, and bytes of the agent's state\n\n{table}"
+    )
 
 
 def sac(options: Options) -> str:
@@ -547,7 +586,9 @@ def machine() -> str:
     return f"{model}, {' '.join(vector)}; {', '.join(caches)}; {os.cpu_count()} cores; {gpus}{versions}{settings}"
 
 
-PARTS = {part.__name__: part for part in (updates, end_to_end, sac, step, inference, memory, kernels, layers, gpu)}
+PARTS = {
+    part.__name__: part for part in (updates, end_to_end, frontier, sac, step, inference, memory, kernels, layers, gpu)
+}
 
 
 def main() -> None:

@@ -203,6 +203,10 @@ def whole(tmp_path_factory):
         "implementation,microseconds_per_step\nrltools,2000\n"
         '"ds-td3, sparsity 0.5",1500\n"ds-td3, sparsity 0.9, recipe",1000\n"ds-td3, sparsity 0.95, recipe",800\n'
     )
+    (results / "benchmarks" / "frontier.csv").write_text(
+        "environment,implementation,speedup_over_dense,state_bytes\n"
+        'Hopper-v4,"td3, compiled",1.0,5870000\nHopper-v4,"ds-td3, recipe",5.54,281000\n'
+    )
     (results / "benchmarks" / "updates.csv").write_text(
         "implementation,width,sparsity,microseconds,state_bytes\n"
         "torch dense,256,0.0,2400,6e6\nsparse engine,256,0.5,1700,5e6\nsparse engine,256,0.9,430,1e6\n"
@@ -418,6 +422,19 @@ def test_high_sparsity_is_held_against_dense(whole):
     assert small["HalfCheetah-v4"] != "-" and small["Ant-v4"] == small["mean of the four"] == "-"
     one_step = row_of(tables["high_sparsity"], setting="DS-TD3, 0.95, recipe, but targets of one step")
     assert one_step["Walker2d-v4"] not in (row["Walker2d-v4"], "-") and one_step["Hopper-v4"] == row["Hopper-v4"]
+
+
+def test_agents_with_as_many_connections_as_rlx2_stand_beside_it(whole):
+    tables, _ = whole
+    assert [row["task"] for row in tables["frontier"]] == list(FOUR)
+    as_rlx2 = row_of(tables["high_sparsity"], setting="DS-TD3, as many connections as RLx2, recipe")
+    for row in tables["frontier"]:
+        assert row["our return over dense"] == as_rlx2[row["task"]]
+    hopper, ant = (row_of(tables["frontier"], task=env) for env in ("Hopper-v4", "Ant-v4"))
+    assert (hopper["RLx2's sparsities"], hopper["RLx2's return over dense"]) == ("0.98, 0.95", "0.97")
+    assert hopper["our connections"] == "105,250 (49.0%)"  # as the made-up summaries have them
+    assert (hopper["steps/s over dense"], hopper["MB, dense"]) == ("5.5x", "0.28, 5.87")
+    assert ant["steps/s over dense"] == ant["MB, dense"] == "-"
 
 
 def test_each_seed_of_high_sparsity_is_shown(whole):
