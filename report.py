@@ -5,7 +5,6 @@ Tables and figures follow the paper (Sokar et al. 2022, arXiv 2106.04217); those
 table goes on with what there is.
 """
 
-import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -15,7 +14,6 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from scipy import stats
 
 import analysis
 from analysis import (
@@ -41,7 +39,6 @@ from analysis import (
     Run,
     Table,
     add_legend_where_drawn,
-    brackets,
     describe_options,
     final_returns,
     label_axes,
@@ -337,77 +334,6 @@ def figure_4(results: Results) -> Plot:
     return Plot("fig4_initial_policy", figure)
 
 
-# --- Statistics of the tables -----------------------------------------------------------------------------------------
-# Here a statistic takes one array (seeds,) or (resamples, seeds) for each cell, and returns () or (resamples,). Where
-# it compares two methods, the cells of the first come before those of the second, in the same order of environments.
-def halves(samples: Sequence[np.ndarray]) -> tuple[Sequence[np.ndarray], Sequence[np.ndarray]]:
-    """Split the cells of two methods, environment by environment."""
-    return samples[: len(samples) // 2], samples[len(samples) // 2 :]
-
-
-def interquartile_mean(*samples: np.ndarray) -> np.ndarray:
-    """Return the interquartile mean of cells."""
-    return analysis.interquartile_mean(samples)
-
-
-def probability_of_improvement(*samples: np.ndarray) -> np.ndarray:
-    """Return the probability of improvement of the first half of the cells over the second."""
-    return analysis.probability_of_improvement(*halves(samples))
-
-
-def mean_quotient(*samples: np.ndarray) -> np.ndarray:
-    """Return the mean of each cell of the first half over that of its partner in the second, mean over the pairs."""
-    return np.mean([x.mean(-1) / y.mean(-1) for x, y in zip(*halves(samples), strict=True)], axis=0)
-
-
-def bootstrap(samples: list[np.ndarray], statistic: Callable) -> tuple[float, float]:
-    """Return the stratified bootstrap interval of a statistic of cells: 2,000 resamples, percentiles."""
-    options = {"method": "percentile", "n_resamples": 2000, "rng": np.random.default_rng(0), "vectorized": True}
-    return tuple(stats.bootstrap(samples, lambda *drawn, axis: statistic(*drawn), **options).confidence_interval)
-
-
-def t_interval(samples: list[np.ndarray], statistic: Callable) -> tuple[float, float]:
-    """Return the interval of a function of the means of cells (delta method, Welch-Satterthwaite)."""
-    value, variances = statistic(*samples), []
-    for index, sample in enumerate(samples):
-        shift = 1e-6 * abs(sample.mean()) or 1e-6
-        shifted = statistic(*samples[:index], sample + shift, *samples[index + 1 :])
-        variances.append(((shifted - value) / shift) ** 2 * sample.var(ddof=1) / len(sample))
-    low, high, _ = student(value, variances, list(map(len, samples)))
-    return low, high
-
-
-def with_bootstrap(samples: list[np.ndarray], statistic: Callable) -> str:
-    """Format a statistic of cells with its bootstrap interval."""
-    value = statistic(*samples)
-    if min(map(len, samples)) < LEAST_SEEDS:
-        return f"{value:.2f} (too few seeds for an interval)"
-    return with_interval(value, bootstrap(samples, statistic))
-
-
-def quotient(samples: list[np.ndarray]) -> str:
-    """Format a mean quotient, with its interval where there are seeds enough for one."""
-    if min(map(len, samples)) == 0:
-        return "-"
-    value = mean_quotient(*samples)
-    if min(map(len, samples)) < LEAST_SEEDS:
-        return f"{value:.2f}"
-    return with_interval(value, t_interval(samples, mean_quotient))
-
-
-@functools.cache
-def simulated_coverage(interval: Callable, seeds: int) -> str:
-    """Simulate how often an interval holds the quotient of two means, of normal returns with a tenth for deviation."""
-    simulated = np.random.default_rng(0).normal(1, 0.1, (500, 2, seeds))
-    bounds = [interval(list(samples), mean_quotient) for samples in simulated]
-    return f"{np.mean([low <= 1 <= high for low, high in bounds]):.0%}"
-
-
-def of_methods(results: Results, values: Callable, pair: tuple[str, str], tasks: Sequence[str]) -> list[np.ndarray]:
-    """Return the cells of one method in each environment, then those of another."""
-    return [values(results.select(env, method)) for method in pair for env in tasks]
-
-
 # --- Beyond the paper: methods against each other ---------------------------------------------------------------------
 def first_step(selected: list[Run], target: float) -> int | None:
     """Return the step at which the mean curve of runs first averages ``target`` over ten evaluations in a row."""
@@ -415,18 +341,8 @@ def first_step(selected: list[Run], target: float) -> int | None:
     return steps_to_reach(curve.index.to_numpy(), curve.to_numpy(), target, never=None)
 
 
-def steps_of_seeds(results: Results, env: str, method: str) -> list[tuple[int | None, int]]:
-    """Return for each seed the steps to the final return of TD3's same seed, None if never, and TD3's own steps."""
-    dense_runs, steps = {r.seed: r for r in results.select(env, "td3")}, []
-    for run in results.select(env, method):
-        if dense := dense_runs.get(run.seed):
-            target = final_returns([dense])[0]
-            steps.append((first_step([run], target), first_step([dense], target) or dense.steps))
-    return steps
-
-
 def steps_to_dense(results: Results) -> Table:
-    """Return the steps to dense TD3's final return, by the mean curve and seed by seed."""
+    """Return the steps to dense TD3's final return."""
     rows = []
     for env, (method, name) in itertools.product(TASKS, METHODS.items()):
         if not (dense := results.select(env, "td3")):
@@ -435,10 +351,6 @@ def steps_to_dense(results: Results) -> Table:
         whole, own = dense[0].steps, first_step(dense, target) or dense[0].steps
         selected = results.select(env, method)
         step = first_step(selected, target) if selected else None
-        seeds = [
-            "not reached" if ours is None else f"{1 - ours / theirs:.0%}"
-            for ours, theirs in steps_of_seeds(results, env, method)
-        ]
         rows.append(
             {
                 "environment": env,
@@ -447,7 +359,6 @@ def steps_to_dense(results: Results) -> Table:
                 "reached at step": "not reached" if selected and step is None else f"{step:,}" if selected else "-",
                 "fewer steps than TD3's whole run": "-" if step is None else f"{1 - step / whole:.0%}",
                 "than TD3's own first time there": "-" if step is None else f"{1 - step / own:.0%}",
-                "seed by seed": ", ".join(seeds) or "-",
                 **basis(selected),
             }
         )
@@ -457,159 +368,19 @@ def steps_to_dense(results: Results) -> Table:
     return Table("steps_to_dense", f"{caption} {V4_NOTE}", rows)
 
 
-def aggregate(results: Results) -> Table:
-    """Return interquartile mean and probability of improvement over the environments that have all three methods."""
-    common = [env for env in TASKS if all(results.select(env, method) for method in METHODS)]
-    selected = {(method, env): results.select(env, method) for method in METHODS for env in common}
-    dense = {env: final_returns(selected["td3", env]).mean() for env in common}
-    scores = {method: [final_returns(selected[method, env]) / dense[env] for env in common] for method in METHODS}
-    rows = []
-    for method, name in METHODS.items() if common else ():
-        others = {
-            f"P({name} > {METHODS[other]})": with_bootstrap(scores[method] + scores[other], probability_of_improvement)
-            for other in METHODS
-            if other != method
-        }
-        rows.append(
-            {
-                "method": name,
-                "interquartile mean (TD3 = 1 in each environment)": with_bootstrap(scores[method], interquartile_mean),
-                "probability of improvement": "; ".join(f"{label} = {value}" for label, value in others.items()),
-                "seeds in each environment": ", ".join(f"{env} {len(selected[method, env])}" for env in common),
-            }
-        )
-    steps = sorted({run.steps for runs in selected.values() for run in runs})
-    caption = f"**Over {len(common)} environments with all three methods**, steps of a run: "
-    caption += ", ".join(f"{s:,}" for s in steps) or "-"
-    note = "Intervals are percentile bootstraps, too narrow where there are only three seeds (see `methods.md`)."
-    return Table("aggregate", f"{caption}. {note} {V4_NOTE}", rows)
-
-
-def methods(results: Results) -> Table:
-    """Return each method's return and LCA over those of another, with the paper's quotients."""
-    groups = {env: [env] for env in TASKS} | {"mean of the four": FOUR_TASKS, "mean of all five": TASKS}
-    measures = (("return", final_returns, PAPER_MEANS), ("LCA", lcas, PAPER_LCA))
-    rows = []
-    for (group, tasks), (measure, values, paper) in itertools.product(groups.items(), measures):
-        row = {"environment": group, "of": measure}
-        for pair in PAIRS:
-            ours, theirs = (list(METHODS).index(method) for method in pair)
-            published = np.mean([paper[env][ours] / paper[env][theirs] for env in tasks])
-            name = " over ".join(METHODS[method] for method in pair)
-            row[name] = f"{quotient(of_methods(results, values, pair, tasks))} ({published:.2f})"
-        rows.append(row)
-    simulated = " and ".join(
-        f"of {seeds} seeds in {simulated_coverage(t_interval, seeds)} of all cases "
-        f"(a bootstrap in {simulated_coverage(bootstrap, seeds)})"
-        for seeds in (LEAST_SEEDS, len(SEEDS))
-    )
-    caption = "**Method against method** [95 % interval] (paper). Where normal returns are simulated, such an interval "
-    return Table("methods", f"{caption}holds the true quotient {simulated}. {V4_NOTE}", rows)
-
-
 def differences(results: Results) -> Table:
-    """Return each method's mean return and LCA less those of another."""
+    """Return each method's mean return and LCA less those of another, beside the paper's differences."""
     rows = []
-    for env, (measure, values, digits) in itertools.product(TASKS, (("return", final_returns, 0), ("LCA", lcas, 3))):
-        row = {"environment": env, "of": measure}
+    measures = (("return", final_returns, PAPER_MEANS, 0), ("LCA", lcas, PAPER_LCA, 3))
+    for env, (measure, values, paper, digits) in itertools.product(TASKS, measures):
+        row, published = {"environment": env, "of": measure}, dict(zip(METHODS, paper[env], strict=False))
         for pair in PAIRS:
-            name = " less ".join(METHODS[method] for method in pair)
-            row[name] = analysis.describe_difference(*of_methods(results, values, pair, [env]), digits)
+            ours = analysis.describe_difference(*(values(results.select(env, method)) for method in pair), digits)
+            first, second = (published[method] for method in pair)
+            row[" less ".join(METHODS[method] for method in pair)] = f"{ours} ({first - second:,.{digits}f})"
         rows.append(row)
-    caption = "**One method less another**, means over seeds [95 % interval, Welch's t]."
+    caption = "**One method less another**, means over seeds [95 % interval, Welch's t] (paper)."
     return Table("differences", f"{caption} {V4_NOTE}", rows)
-
-
-# --- The paper's claims by the first rules ----------------------------------------------------------------------------
-# Those of results/rules.md, in analysis.verdicts, replace them once its runs are in.
-def shares_of_steps(results: Results, env: str) -> np.ndarray:
-    """Return DS-TD3's steps to TD3's final return over TD3's own, seed by seed, whole runs where it is not reached."""
-    whole = max((r.steps for r in results.select(env, "ds-td3")), default=0)
-    steps = steps_of_seeds(results, env, "ds-td3")
-    return np.array([(whole if ours is None else ours) / theirs for ours, theirs in steps])
-
-
-def mean_gain(*samples: np.ndarray) -> np.ndarray:
-    """Return by how much the first half of the cells exceeds the second on the mean, as a share of it."""
-    return mean_quotient(*samples) - 1
-
-
-def gain_over_best(first: np.ndarray, *others: np.ndarray) -> np.ndarray:
-    """Return by how much the mean of a cell exceeds the highest of the others' means, as a share of it."""
-    return first.mean(-1) / np.max([other.mean(-1) for other in others], axis=0) - 1
-
-
-def in_words(low: float, high: float) -> str:
-    """Return the verdict on a claim that a figure with this interval is above zero."""
-    return "confirmed" if low > 0 else "refuted in our runs" if high < 0 else "not confirmed"
-
-
-def first_verdict(samples: list[np.ndarray], figure: Callable) -> dict[str, str]:
-    """Return the columns of a claim that ``figure`` of the cells is above zero."""
-    enough = sum(len(sample) >= LEAST_SEEDS for sample in samples)
-    if enough < len(samples):
-        words = f"open: {enough} of {len(samples)} cells have {LEAST_SEEDS} seeds"
-        return {"figure": "-", "verdict": words, "by the bootstrap": "-"}
-    by_t, drawn = t_interval(samples, figure), bootstrap(samples, figure)
-    return {
-        "figure": with_interval(figure(*samples), by_t),
-        "verdict": f"**{in_words(*by_t)}**",
-        "by the bootstrap": f"{in_words(*drawn)} {brackets(drawn)}",
-    }
-
-
-def claims(results: Results) -> Table:
-    """Return the verdicts on the paper's claims by the first rules."""
-
-    def cheetah(values: Callable, method: str = "ds-td3", **options: str) -> np.ndarray:
-        options = {name.replace("_", "-"): value for name, value in options.items()}
-        return values(results.select(HALFCHEETAH, method, options))
-
-    over_dense, intervals = ("ds-td3", "td3"), ("200", "500", "2000")
-    found = {  # claim, its figure in words, the cells that this compares, the figure
-        "DS-TD3 ends above TD3": (
-            "DS-TD3's final return over TD3's, less one; mean of the five environments",
-            of_methods(results, final_returns, over_dense, TASKS),
-            mean_gain,
-        ),
-        "DS-TD3 learns faster than TD3 (LCA)": (
-            "the same of the LCA",
-            of_methods(results, lcas, over_dense, TASKS),
-            mean_gain,
-        ),
-        "DS-TD3 needs 40 to 50 % fewer steps": (
-            "0.6, less the step at which a seed of DS-TD3 reaches the final return of TD3's same seed over the step at "
-            "which that first reaches it; mean of the five environments",
-            [shares_of_steps(results, env) for env in TASKS],
-            lambda *shares: 0.6 - np.mean([s.mean(-1) for s in shares], axis=0),
-        ),
-        "e = 1000 is best": (
-            "its LCA over that of the best other interval, less one; HalfCheetah-v4",
-            [cheetah(lcas), *(cheetah(lcas, adapt_interval=e) for e in intervals)],
-            gain_over_best,
-        ),
-        "80 % sparsity fails": (
-            "0.9, less its final return over TD3's; HalfCheetah-v4",
-            [cheetah(final_returns, "td3"), cheetah(final_returns, sparsity="0.8")],
-            lambda dense, sparse: 0.9 - sparse.mean(-1) / dense.mean(-1),
-        ),
-        "Learned first samples help DS-TD3": (
-            "LCA with first samples of the policy after 7e5 steps over that with random ones, less one; HalfCheetah-v4",
-            [lcas(results.initial_policies("ds-td3", 0.7)), cheetah(lcas)],
-            mean_gain,
-        ),
-    }
-    caption = (
-        "**The paper's claims in our runs.** With three seeds in every cell that it compares, a claim is confirmed "
-        "where the 95 % interval of its figure lies above zero, refuted in our runs where it lies below, and not "
-        "confirmed where it holds zero; until then it is open. A return is reached when the mean of ten evaluations in "
-        f"a row does, and a seed that does not reach it counts with its whole run. {V4_NOTE}"
-    )
-    rows = [
-        {"claim": claim, "has to be above zero": words, **first_verdict(samples, figure)}
-        for claim, (words, samples, figure) in found.items()
-    ]
-    return Table("claims", caption, rows)
 
 
 # --- Beyond the paper: moments, costs, high sparsity ------------------------------------------------------------------
@@ -676,25 +447,46 @@ def select_setting(results: Results, setting: str, env: str) -> list[Run]:
     return results.select(env, method, settings[env]) if env in settings else []
 
 
-def returns_and_dense(results: Results, setting: str, tasks: Sequence[str]) -> list[np.ndarray]:
-    """Return the final returns of a setting in each environment, then those of dense TD3."""
+def mean_quotient(ours: list[np.ndarray], dense: list[np.ndarray]) -> tuple[float, float, float]:
+    """Return the mean over tasks of one cell's mean over another's, and the ends of its interval.
+
+    The interval is Student's, with the variance that both means pass on (delta method) and Welch's degrees of freedom.
+    Where a cell has too few seeds for one, its ends are the quotient itself.
+    """
+    pairs = [(x, y, x.mean(), y.mean()) for x, y in zip(ours, dense, strict=True)]
+    value = float(np.mean([x_mean / y_mean for *_, x_mean, y_mean in pairs]))
+    sizes = [len(sample) for x, y, *_ in pairs for sample in (x, y)]
+    if min(sizes) < LEAST_SEEDS:
+        return value, value, value
+    variances = []
+    for x, y, x_mean, y_mean in pairs:
+        by_x, by_y = 1 / y_mean / len(pairs), x_mean / y_mean**2 / len(pairs)  # derivatives of the value
+        variances += [by_x**2 * x.var(ddof=1) / len(x), by_y**2 * y.var(ddof=1) / len(y)]
+    low, high, _ = student(value, variances, sizes)
+    return value, low, high
+
+
+def over_dense(results: Results, setting: str, tasks: Sequence[str]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Return the final returns of a setting on each task, and those of dense TD3."""
     ours = [final_returns(select_setting(results, setting, env)) for env in tasks]
-    return ours + [final_returns(results.select(env, "td3")) for env in tasks]
+    return ours, [final_returns(results.select(env, "td3")) for env in tasks]
 
 
-def with_seeds(samples: list[np.ndarray]) -> str:
+def describe_quotient(ours: list[np.ndarray], dense: list[np.ndarray]) -> str:
     """Format a setting's return over dense TD3's, and how many seeds of the setting are behind it."""
-    ours, _ = halves(samples)
-    value = quotient(samples)
-    return value if value == "-" else f"{value} ({' + '.join(str(len(sample)) for sample in ours)})"
+    if min(map(len, ours + dense)) == 0:
+        return "-"
+    value, low, high = mean_quotient(ours, dense)
+    quotient = f"{value:.2f}" if min(map(len, ours + dense)) < LEAST_SEEDS else with_interval(value, (low, high))
+    return f"{quotient} ({' + '.join(str(len(sample)) for sample in ours)})"
 
 
 def high_sparsity(results: Results) -> Table:
     """Return final returns at high sparsity over dense TD3's."""
     rows = []
     for setting in HIGH_SPARSITY:
-        quotients = {env: with_seeds(returns_and_dense(results, setting, [env])) for env in FOUR_TASKS}
-        mean = with_seeds(returns_and_dense(results, setting, FOUR_TASKS))
+        quotients = {env: describe_quotient(*over_dense(results, setting, [env])) for env in FOUR_TASKS}
+        mean = describe_quotient(*over_dense(results, setting, FOUR_TASKS))
         if set(quotients.values()) != {"-"}:
             rows.append({"setting": setting, **quotients, "mean of the four": mean})
     seeds = ", ".join(f"{env} {len(results.select(env, 'td3'))}" for env in FOUR_TASKS)
@@ -741,7 +533,7 @@ def frontier(results: Results) -> Table:
         row = {"task": env, "RLx2's sparsities": sparsities, "RLx2's return over dense": f"{published:.2f}"}
         summary = selected[0].summary
         row["our connections"] = f"{summary['connections']:,} ({1 - summary['sparsity']:.1%})"
-        row["our return over dense"] = with_seeds(returns_and_dense(results, AS_RLX2, [env]))
+        row["our return over dense"] = describe_quotient(*over_dense(results, AS_RLX2, [env]))
         row |= {"steps/s over dense": "-", "MB, dense": "-"}
         if (env, "ds-td3, recipe") in costs.index:
             ours, dense = (costs.loc[env, name] for name in ("ds-td3, recipe", "td3, compiled"))
@@ -769,12 +561,10 @@ def plot_against_sparsity(axes: Axes, results: Results) -> None:
     ):
         points = []
         for setting in settings:
-            shared = [env for env in FOUR_TASKS if min(map(len, returns_and_dense(results, setting, [env])))]
+            shared = [env for env in FOUR_TASKS if select_setting(results, setting, env) and results.select(env, "td3")]
             if not shared:
                 continue
-            samples = returns_and_dense(results, setting, shared)
-            value = mean_quotient(*samples)
-            low, high = t_interval(samples, mean_quotient) if min(map(len, samples)) >= LEAST_SEEDS else (value, value)
+            value, low, high = mean_quotient(*over_dense(results, setting, shared))
             runs = [run for env in shared for run in select_setting(results, setting, env)]
             at = np.mean([run.summary["sparsity"] for run in runs]) + shift
             points.append((at, value, value - low, high - value))

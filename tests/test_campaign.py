@@ -28,7 +28,7 @@ from dst_td3 import run_directory
 REPOSITORY = Path(dst_td3.__file__).parent
 SCRIPT = REPOSITORY / "run_all.sh"
 TABLES = (
-    *("coverage", "table1_lca", "table2_return", "compute", "steps_to_dense", "aggregate", "provenance"),
+    *("coverage", "table1_lca", "table2_return", "compute", "steps_to_dense", "provenance"),
     *("appendix_lca", "appendix_return", "verdicts"),
 )
 PROGRAMS = {
