@@ -728,10 +728,24 @@ def run_columns(run: Run) -> dict[str, str]:
 
 
 def provenance(results: Results) -> Table:
-    """Return engine, machine, versions and commits of the finished runs, and how many runs have each."""
-    made = pd.DataFrame([run_columns(run) for run in results.runs if run.summary])
+    """Return which engine, machine, versions and commits made each finished run."""
+    made = pd.DataFrame(
+        [
+            {
+                "environment": run.env,
+                "method": name_of(run.method),
+                "option": describe_options(run.options),
+                "steps": f"{run.steps:,}",
+                **run_columns(run),
+                "seeds": run.seed,
+            }
+            for run in results.runs
+            if run.summary
+        ]
+    )
     rows = []
     if len(made):
-        counted = made.groupby(list(made), sort=True).size()
-        rows = [{**dict(zip(made, key, strict=True)), "runs": str(count)} for key, count in counted.items()]
-    return Table("provenance", "**Engine, machine, versions and commit of the finished runs.**", rows)
+        grouped = made.groupby(list(made)[:-1], sort=True)["seeds"]
+        seeds = grouped.apply(lambda numbers: ", ".join(map(str, sorted(numbers)))).reset_index()
+        rows = seeds.to_dict("records")
+    return Table("provenance", "**What made each finished run.**", rows)
