@@ -447,23 +447,22 @@ def select_setting(results: Results, setting: str, env: str) -> list[Run]:
     return results.select(env, method, settings[env]) if env in settings else []
 
 
-def mean_quotient(ours: list[np.ndarray], dense: list[np.ndarray]) -> tuple[float, float, float]:
-    """Return the mean over tasks of one cell's mean over another's, and the ends of its interval.
+def mean_quotient(ours: list[np.ndarray], dense: list[np.ndarray]) -> tuple[float, tuple[float, float] | None]:
+    """Return the mean over tasks of one cell's mean over another's, and its interval, None with too few seeds for one.
 
     The interval is Student's, with the variance that both means pass on (delta method) and Welch's degrees of freedom.
-    Where a cell has too few seeds for one, its ends are the quotient itself.
     """
     pairs = [(x, y, x.mean(), y.mean()) for x, y in zip(ours, dense, strict=True)]
     value = float(np.mean([x_mean / y_mean for *_, x_mean, y_mean in pairs]))
     sizes = [len(sample) for x, y, *_ in pairs for sample in (x, y)]
     if min(sizes) < LEAST_SEEDS:
-        return value, value, value
+        return value, None
     variances = []
     for x, y, x_mean, y_mean in pairs:
         by_x, by_y = 1 / y_mean / len(pairs), x_mean / y_mean**2 / len(pairs)  # derivatives of the value
         variances += [by_x**2 * x.var(ddof=1) / len(x), by_y**2 * y.var(ddof=1) / len(y)]
     low, high, _ = student(value, variances, sizes)
-    return value, low, high
+    return value, (low, high)
 
 
 def over_dense(results: Results, setting: str, tasks: Sequence[str]) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -476,8 +475,8 @@ def describe_quotient(ours: list[np.ndarray], dense: list[np.ndarray]) -> str:
     """Format a setting's return over dense TD3's, and how many seeds of the setting are behind it."""
     if min(map(len, ours + dense)) == 0:
         return "-"
-    value, low, high = mean_quotient(ours, dense)
-    quotient = f"{value:.2f}" if min(map(len, ours + dense)) < LEAST_SEEDS else with_interval(value, (low, high))
+    value, interval = mean_quotient(ours, dense)
+    quotient = with_interval(value, interval) if interval else f"{value:.2f}"
     return f"{quotient} ({' + '.join(str(len(sample)) for sample in ours)})"
 
 
@@ -542,12 +541,10 @@ def frontier(results: Results) -> Table:
         rows.append(row)
     caption = (
         "**Beside RLx2**, whose actor and critics have as many connections together, in three million steps (ours: "
-    )
-    note = (
         "one). Share of dense connections in brackets, then [95 % interval] (seeds); speed and the bytes of an agent's "
+        f"state are measured on one core, beside our compiled dense TD3. {V4_NOTE}"
     )
-    note += "state are measured on one core, beside our compiled dense TD3."
-    return Table("frontier", f"{caption}{note} {V4_NOTE}", rows)
+    return Table("frontier", caption, rows)
 
 
 def plot_against_sparsity(axes: Axes, results: Results) -> None:
@@ -564,7 +561,8 @@ def plot_against_sparsity(axes: Axes, results: Results) -> None:
             shared = [env for env in FOUR_TASKS if select_setting(results, setting, env) and results.select(env, "td3")]
             if not shared:
                 continue
-            value, low, high = mean_quotient(*over_dense(results, setting, shared))
+            value, interval = mean_quotient(*over_dense(results, setting, shared))
+            low, high = interval or (value, value)
             runs = [run for env in shared for run in select_setting(results, setting, env)]
             at = np.mean([run.summary["sparsity"] for run in runs]) + shift
             points.append((at, value, value - low, high - value))
@@ -745,7 +743,7 @@ def provenance(results: Results) -> Table:
     )
     rows = []
     if len(made):
-        grouped = made.groupby(list(made)[:-1], sort=True)["seeds"]
+        grouped = made.groupby(list(made.columns.drop("seeds")), sort=True)["seeds"]
         seeds = grouped.apply(lambda numbers: ", ".join(map(str, sorted(numbers)))).reset_index()
         rows = seeds.to_dict("records")
     return Table("provenance", "**What made each finished run.**", rows)
