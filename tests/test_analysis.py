@@ -636,26 +636,6 @@ def test_verdicts_are_open_without_the_random_policy(tmp_path, monkeypatch):
     assert rows["6", "0 to 4"]["verdict"] == "open: a cell has no two seeds"
 
 
-@pytest.mark.parametrize(("row", "claim"), [("return", analysis.ACROSS_TASKS[0]), ("LCA", analysis.ACROSS_TASKS[1])])
-@pytest.mark.parametrize(
-    ("column", "five"), [("seeds 0 to 2", ()), ("with DS-TD3's five on HalfCheetah", [("HalfCheetah-v4", "ds-td3")])]
-)
-def test_what_had_been_seen_before_the_rules_is_what_their_page_says(published, row, claim, column, five):
-    page = (NOTEBOOK.parent / "results" / "rules.md").read_text()
-    seen = read_table(page[page.index("| | seeds 0 to 2") : page.index("All of claims.md")])
-    x, y = (
-        [
-            np.array([claim.measure(runs[seed], RANDOM[env]) for seed in range(5 if (env, method) in five else 3)])
-            for env in ENVIRONMENTS
-            for runs in [analysis.counted(published, env, method)]
-        ]
-        for method in ("ds-td3", "td3")
-    )
-    verdict = analysis.verdict_across_tasks(x, y)
-    (cells,) = [cells for cells in seen if cells[""] == row]
-    assert f"{verdict.statistic} ({verdict.one_sided:.3f}, {verdict.p:.3f})" == cells[column]
-
-
 def test_verdicts_on_whole_results(whole):
     """Twenty-five pairs a task, all won or lost where the made-up methods are far apart."""
     tables, written = whole
