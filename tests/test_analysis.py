@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from running import ADAPTING_RECIPE, AS_RLX2, FIGURES, FOUR, RECIPE, read_table, run_here
+from running import ADAPTING_RECIPE, AS_RLX2, FIGURES, FORMER, FOUR, RECIPE, read_table, run_here
 from scipy import stats
 
 import analysis
@@ -634,6 +634,31 @@ def test_verdicts_are_open_without_the_random_policy(tmp_path, monkeypatch):
     rows = verdicts_of(tmp_path)
     assert rows["1", "0 to 4"]["verdict"] == "**confirmed**"
     assert rows["6", "0 to 4"]["verdict"] == "open: a cell has no two seeds"
+
+
+@pytest.mark.parametrize(("row", "claim"), [("return", analysis.ACROSS_TASKS[0]), ("LCA", analysis.ACROSS_TASKS[1])])
+@pytest.mark.parametrize(
+    ("column", "five"), [("seeds 0 to 2", ()), ("with DS-TD3's five on HalfCheetah", [("HalfCheetah-v4", "ds-td3")])]
+)
+def test_what_had_been_seen_before_the_rules_is_what_their_page_says(published, row, claim, column, five):
+    page = (NOTEBOOK.parent / "results" / "rules.md").read_text()
+    seen = read_table(page[page.index("| | seeds 0 to 2") : page.index("All of claims.md")])
+    x, y = (
+        [
+            np.array([claim.measure(runs[seed], RANDOM[env]) for seed in range(5 if (env, method) in five else 3)])
+            for env in ENVIRONMENTS
+            for runs in [analysis.counted(published, env, method)]
+        ]
+        for method in ("ds-td3", "td3")
+    )
+    for (env, method), former in FORMER.items():
+        random, paper = RANDOM[env], PAPERS_TD3[env]
+        if row == "LCA":
+            random, paper = random * 201 / 1e6, analysis.PAPER_LCA[env][0]
+        (y if method == "td3" else x)[ENVIRONMENTS.index(env)][0] = analysis.normalise(former[row], random, paper)
+    verdict = analysis.verdict_across_tasks(x, y)
+    (cells,) = [cells for cells in seen if cells[""] == row]
+    assert f"{verdict.statistic} ({verdict.one_sided:.3f}, {verdict.p:.3f})" == cells[column]
 
 
 def test_verdicts_on_whole_results(whole):
