@@ -1,7 +1,8 @@
 """Ant-v4 with the 84 zeros that the paper's Ant-v3 observed beside its 27 numbers.
 
-Three settings ask whether these zeros explain the paper's higher return on Ant. Adaptation moves connections from them
-to the real inputs, so the second starts as dense there as the first ended, and the third with every connection:
+Do these zeros explain the paper's higher return on Ant? Adaptation moves connections from them to the real inputs. The
+first setting has the zeros. In the second, the actor's first layer is from the start about as dense as the first ends.
+In the third, first layers have every connection:
 
     export PYTHONPATH=benchmarks
     python campaign.py --program dst_td3.py --seeds 3 --env padded_ant:PaddedAnt-v4 -- --er-lambda 40 64
