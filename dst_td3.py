@@ -1294,6 +1294,7 @@ def command_line(program: Callable[[str], None]) -> int:
     name = Path(sys.argv[0]).name
     try:
         program(name)
+        print(end="", flush=True)  # what is left, here where a reader that has gone away is no failure
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except BrokenPipeError:  # a reader that has gone away, such as head, wants no more

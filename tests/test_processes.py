@@ -18,7 +18,7 @@ def started(*arguments: object, **options):
     """Start a training on this file's point in a process of its own, which has ended in the end."""
     paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, str(PROGRAM), *map(str, arguments)]
-    environment = os.environ | {"PYTHONPATH": paths, "PYTHONWARNINGS": "ignore"}
+    environment = os.environ | {"PYTHONPATH": paths, "PYTHONWARNINGS": "ignore", "PYTHONUNBUFFERED": ""}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
     with subprocess.Popen(command, env=environment, text=True, **pipes) as process:
         try:
