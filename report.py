@@ -185,7 +185,8 @@ def paper_table(
             rows.append({**row, **basis(selected)})
         if methods is METHODS:
             sac = {"environment": env, "method": "SAC", "ours": "-", "paper": format_paper(paper[env][-1])}
-            rows.append({**sac, "seeds": "-", "steps": "-", "remark": "the paper's number; not run here"})
+            remark = "the paper's number, of another SAC than the appendix's; not run here"
+            rows.append({**sac, "seeds": "-", "steps": "-", "remark": remark})
     return rows
 
 

@@ -271,7 +271,8 @@ def test_tables_hold_the_papers_numbers_and_mark_what_is_only_the_papers(whole):
     for table in ("table1_lca", "table2_return"):
         sac = [row for row in tables[table] if row["method"] == "SAC"]
         assert len(sac) == 5
-        assert all(row["ours"] == "-" and row["remark"] == "the paper's number; not run here" for row in sac)
+        remark = "the paper's number, of another SAC than the appendix's; not run here"
+        assert all(row["ours"] == "-" and row["remark"] == remark for row in sac)
 
 
 def test_compute_table_counts_as_the_paper_does(whole):
